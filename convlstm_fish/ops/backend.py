@@ -1,0 +1,159 @@
+"""Which implementation runs a call: the plain PyTorch one or the Triton kernel."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from convlstm_fish.ops.equations import Norm, Peephole, State
+from convlstm_fish.ops.geometry import Padding
+from convlstm_fish.ops.reference import conv_lstm_reference, exporting
+
+BACKENDS = ("auto", "reference", "triton")
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_log = logging.getLogger(__name__)
+_said: set[str] = set()
+
+
+def triton_unsupported(*args: Any, **kwargs: Any) -> str | None:
+    """Why the Triton kernel cannot run this call of :func:`conv_lstm` (without ``backend``), or None if it can."""
+    if not _HAS_TRITON:
+        return "triton is not installed"
+    from convlstm_fish.ops.triton_kernels import unsupported
+
+    return unsupported(*args, **kwargs)
+
+
+def conv_lstm(
+    input: Tensor,
+    hx: State | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None = None,
+    peephole: Peephole | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: Padding = "same",
+    dilation: int | Sequence[int] = 1,
+    recurrent_activation: str = "sigmoid",
+    recurrent_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+    return_sequences: bool = True,
+    checkpoint_every: int | None = None,
+    backend: str = "auto",
+    detach_every: int | None = None,
+    norm: Norm | None = None,
+) -> tuple[Tensor | None, State]:
+    r"""A whole sequence of one ConvLSTM layer (Shi et al. 2015, arXiv:1506.04214, eq. 3).
+
+    With * a convolution, ∘ the product of elements and σ the recurrent activation::
+
+        i_t = σ(W_xi * x_t + W_hi * h_{t-1} + w_ci ∘ c_{t-1} + b_i)
+        f_t = σ(W_xf * x_t + W_hf * h_{t-1} + w_cf ∘ c_{t-1} + b_f)
+        g_t = tanh(W_xg * x_t + W_hg * h_{t-1} + b_g)
+        c_t = f_t ∘ c_{t-1} + i_t ∘ g_t
+        o_t = σ(W_xo * x_t + W_ho * h_{t-1} + w_co ∘ c_t + b_o)
+        h_t = o_t ∘ tanh(c_t)
+
+    Args:
+        input: (N, T, C, *spatial) with 1 to 3 spatial dimensions.
+        hx: None for zeros, or (h_0, c_0), each (N, C_h, *out).
+        weight_ih: (4 * C_h, C, *kernel), the gates in the order i, f, g, o.
+        weight_hh: (4 * C_h, C_h, *kernel_h).
+        bias: (4 * C_h,) or None.
+        peephole: None or (w_ci, w_cf, w_co), each (C_h, 1, ...) or (C_h, *out).
+        stride: of the input convolution; the recurrent one always keeps the size.
+        padding: "same" (as TensorFlow pads: ceil(size / stride) rows, the extra one at the end), "valid", or ints.
+        dilation: of the input convolution.
+        recurrent_activation: "sigmoid", "hard_sigmoid" (Keras 2: clip(0.2x + 0.5, 0, 1)) or "hard_sigmoid_v3"
+            (Keras 3: relu6(x + 3) / 6).
+        recurrent_mask: (N, C_h, *out), multiplies h_{t-1} before each recurrent convolution.
+        lengths: (N,) whole numbers from 1 to T. Each clip stops at its own last step; nothing past it is read.
+        reverse: run backwards in time, from each clip's own last step to its first.
+        return_sequences: False keeps no sequence and returns None in its place.
+        checkpoint_every: keep only the state of every so many steps for the backward pass and compute the rest again.
+        backend: "reference", "triton", or "auto", which may choose; a named backend that cannot run raises.
+        detach_every: truncated back-propagation: no gradient passes from step k * detach_every to the step before it
+            (after it in reverse).
+        norm: gains and groups of the layer or group norm inside the cell, or None.
+
+    Returns:
+        ``output, (h_n, c_n)``: output (N, T, C_h, *out), zero past a clip's length; h_n and c_n (N, C_h, *out) the
+        state after the last step. h has the compute dtype (autocast's where it is on), c float32 where that has 16
+        bits.
+
+    Raises:
+        ValueError: an argument that does not fit, named with its value.
+        RuntimeError: ``backend="triton"`` on a call that the kernel cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    args = (input, hx, weight_ih, weight_hh, bias, peephole)
+    kwargs: dict[str, Any] = {
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "recurrent_activation": recurrent_activation,
+        "recurrent_mask": recurrent_mask,
+        "lengths": lengths,
+        "reverse": reverse,
+        "return_sequences": return_sequences,
+        "checkpoint_every": checkpoint_every,
+        "detach_every": detach_every,
+        "norm": norm,
+    }
+    # An exported graph is to run anywhere, without the kernels.
+    plain = input.device.type != "cuda" or exporting()
+    if backend == "reference" or (backend == "auto" and plain):
+        return conv_lstm_reference(*args, **kwargs)
+    reason = triton_unsupported(*args, **kwargs)
+    if reason is None:
+        from convlstm_fish.ops.triton_kernels import conv_lstm_triton
+
+        return conv_lstm_triton(*args, **kwargs)
+    if backend == "triton":
+        raise RuntimeError(f"backend='triton' cannot run this call: {reason}")
+    if not torch.compiler.is_compiling() and reason not in _said:
+        _said.add(reason)
+        _log.warning("the ConvLSTM runs on the reference backend, not on the Triton kernel: %s", reason)
+    return conv_lstm_reference(*args, **kwargs)
+
+
+def max_pool(frames: Tensor, size: int, *, backend: str = "auto") -> Tensor:
+    """torch.nn.functional.max_pool2d(frames, size), for frames between two ConvLSTM layers.
+
+    Args:
+        frames: (F, C, H, W).
+        size: of the windows, which is also their stride.
+        backend: "reference", "triton", or "auto", which takes the kernel for frames on a GPU that lie channels last, as
+            the Triton ConvLSTM leaves them.
+
+    Returns:
+        (F, C, H // size, W // size).
+
+    Raises:
+        ValueError: an unknown backend.
+        RuntimeError: ``backend="triton"`` on frames that the kernel cannot pool.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    as_left = frames.device.type == "cuda" and frames.is_contiguous(memory_format=torch.channels_last)
+    if backend == "triton" or (backend == "auto" and _HAS_TRITON and as_left and not exporting()):
+        if not _HAS_TRITON:
+            raise RuntimeError("backend='triton' cannot pool: triton is not installed")
+        from convlstm_fish.ops.triton_kernels import max_pool_triton, pool_unsupported
+
+        reason = pool_unsupported(frames)
+        if reason is None:
+            return max_pool_triton(frames, size)
+        if backend == "triton":
+            raise RuntimeError(f"backend='triton' cannot pool: {reason}")
+    return F.max_pool2d(frames, size)

@@ -1,0 +1,96 @@
+"""Launches of the gradients over many steps: of the weights, and of the images."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from convlstm_fish.ops.triton_kernels.gradients import image_gradient, weight_gradients
+from convlstm_fish.ops.triton_kernels.layer import Layer, can_shift, tile_count
+from convlstm_fish.ops.triton_kernels.tuning import Tile, round_channels
+
+# Programs that share the sum of a weight's gradient: a few for each of the larger GPUs' multiprocessors.
+_PROGRAMS = 528
+
+
+class WeightSums:
+    """Gradients of W_hh, W_ih or both, added up chunk by chunk in portions that keep one order."""
+
+    def __init__(self, layer: Layer, weight_hh: Tensor | None, weight_ih: Tensor | None) -> None:
+        tile = layer.tiles.weight
+        self.layer, self.tile, self.weight_hh, self.weight_ih = layer, tile, weight_hh, weight_ih
+        self.blocks_h, self.blocks_x = (
+            0 if w is None else triton.cdiv(w.shape[2] * w.shape[3] * round_channels(w.shape[1]), tile.rows)
+            for w in (weight_hh, weight_ih)
+        )
+        blocks = self.blocks_h + self.blocks_x
+        self.groups = 1 if weight_hh is not None and weight_ih is not None else blocks
+        columns = 4 * layer.hidden
+        self.column_blocks = triton.cdiv(columns, tile.columns)
+        self.tiles_per_image = tile_count(layer.size, tile.pixels, tile.patch)
+        self.portions = max(1, min(self.tiles_per_image * layer.clips, _PROGRAMS // (self.groups * self.column_blocks)))
+        device = layer.device
+        self.sums = torch.empty(self.portions, blocks * tile.rows, columns, dtype=torch.float32, device=device)
+        self.fresh = True
+
+    def add(
+        self, h: Tensor, h_t: int, with_h: bool, x: Tensor, factor: Tensor | None, da: Tensor, first: int,
+        steps: int, lengths: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Adds the steps first .. first + steps - 1, whose da lie at their number modulo da's second size.
+
+        ``h`` holds the state of the step before, ``h_t`` numbers apart; without ``with_h`` step 0 has none.
+        """
+        layer, tile = self.layer, self.tile
+        items = self.tiles_per_image * layer.clips * steps
+        constants = layer.constants()
+        for name in ("ACT", "FAST"):
+            del constants[name]
+        weight_gradients[(self.groups, self.portions, self.column_blocks)](
+            h, x if factor is None else factor, x, da, self.sums, lengths,
+            first, layer.steps, da.shape[1], items, triton.cdiv(items, self.portions), int(with_h),
+            self.sums.shape[1], h.stride(0), h_t,
+            x.stride(0), x.stride(1), da.stride(0), da.stride(1), 0 if factor is None else factor.stride(0),
+            **constants, steps=steps, tiles=self.tiles_per_image, COLUMNS=4 * layer.hidden,
+            HAS_FACTOR=factor is not None, HAS_LENGTHS=lengths is not None, FRESH=self.fresh,
+            BLOCKS_H=self.blocks_h if self.groups == 1 else min(self.blocks_h, 1),
+            BLOCKS_X=self.blocks_x if self.groups == 1 else min(self.blocks_x, 1),
+            BM=tile.pixels, BK=tile.rows, BN=tile.columns, TW=tile.patch, STAGES=tile.stages,
+            num_warps=tile.warps,
+        )  # fmt: skip
+        self.fresh = False
+
+    def results(self) -> list[Tensor]:
+        """The gradients of W_hh and W_ih, or of the one of them, in their own layout and dtype."""
+        rows = self.sums.sum(0)
+        cut = self.blocks_h * self.tile.rows
+        parts = ((self.weight_hh, rows[:cut]), (self.weight_ih, rows[cut:]))
+        return [self._unpack(weight, part) for weight, part in parts if weight is not None]
+
+    def _unpack(self, weight: Tensor, rows: Tensor) -> Tensor:
+        _, channels, height, width = weight.shape
+        rounded = round_channels(channels)
+        rows = rows[: height * width * rounded].view(height, width, rounded, -1)
+        gradient = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        return gradient.copy_(rows[:, :, :channels].permute(3, 2, 0, 1))
+
+
+def write_image_gradient(
+    layer: Layer, packed: Tensor, tile: Tile, da: Tensor, out: Tensor, out_t: int, factor: Tensor | None,
+    kernel: tuple[int, int], geometry: dict[str, int], first: int, steps: int, lengths: Tensor | None,
+) -> None:  # fmt: skip
+    """Writes the gradient of the images of steps first .. first + steps - 1 into ``out``."""
+    height, width, channels = out.shape[-3:]
+    halo = tile.halo if can_shift(kernel, geometry) else 0
+    tiles = tile_count((height, width), tile.pixels, tile.patch, halo)
+    grid = (tiles * triton.cdiv(channels, tile.channels), layer.clips, steps)
+    image_gradient[grid](
+        da, packed, factor, out, lengths, first, layer.steps, da.shape[1], da.stride(0), da.stride(1),
+        out.stride(0), out_t, 0 if factor is None else factor.stride(0),
+        H=layer.size[0], W=layer.size[1], HI=height, WI=width, ldw=packed.shape[1], C=channels,
+        CP_GATES=round_channels(4 * layer.hidden), GATES=4 * layer.hidden, KH=kernel[0],
+        KW=kernel[1], **geometry, HAS_FACTOR=factor is not None, HAS_LENGTHS=lengths is not None,
+        REVERSE=layer.reverse, PRECISION=layer.precision, BM=tile.pixels, BC=tile.channels, BK=tile.rows,
+        TW=tile.patch, HALO=halo, STAGES=tile.stages_back, num_warps=tile.warps,
+    )  # fmt: skip

@@ -1,0 +1,101 @@
+"""Tile sizes, by channels, kernel and dtype, as measured on an H200."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+def round_channels(channels: int) -> int:
+    """Channels as the kernels lay out a weight's rows: a power of two, or a multiple of 16."""
+    if channels > 8:
+        return -(-channels // 16) * 16
+    return 1 << (channels - 1).bit_length()
+
+
+class Tile(NamedTuple):
+    """How one kernel cuts its work.
+
+    ``pixels`` in patches ``patch`` wide (0: runs of pixels), ``channels`` at a time, and so many rows of each weight at
+    a time: of the recurrent one, the input's, and the adjoint's. ``stages`` 1 reads through the L1 cache, more copy
+    ahead into shared memory; ``stages_back`` is the adjoint's. With a ``halo`` of 1 the adjoint shifts its sums
+    instead of reading three taps.
+    """
+
+    pixels: int
+    channels: int
+    rows: int
+    rows_x: int = 16
+    rows_back: int = 16
+    patch: int = 0
+    warps: int = 4
+    stages: int = 1
+    stages_back: int = 1
+    halo: int = 0
+
+
+class WeightTile(NamedTuple):
+    """How the weights' gradients are cut: pixels, columns (gates), rows at a time, and the rest as in Tile."""
+
+    pixels: int
+    columns: int
+    rows: int
+    patch: int = 0
+    warps: int = 8
+    stages: int = 1
+    together: bool = True  # both weights' rows in one program
+
+
+class Tiles(NamedTuple):
+    """The tiles of every kernel of one layer."""
+
+    forward: Tile
+    backward: Tile
+    image: Tile
+    weight: WeightTile
+
+
+def _rows(channels: int, widest: int) -> int:
+    """The most rows, up to ``widest``, that lie within one tap of so many (rounded) channels; 16 at least."""
+    rows = widest
+    while rows > 16 and channels % rows:
+        rows //= 2
+    return rows
+
+
+def choose(channels: int, hidden: int, dtype: torch.dtype) -> Tiles:
+    """The tiles for ``channels`` -> ``hidden``."""
+    wide = dtype == torch.float32
+    rounded, rounded_x, rounded_gates = (round_channels(c) for c in (hidden, channels, 4 * hidden))
+    if wide:
+        block = 16 if hidden <= 16 else 32
+        rows, rows_x, rows_back = _rows(rounded, 32), _rows(rounded_x, 32), _rows(rounded_gates, 32)
+        step = Tile(64, block, rows, rows_x, rows_back, 0, 4, 3, 3)
+        image = step._replace(channels=16 if channels <= 16 else 32)
+        return Tiles(step, step, image, WeightTile(32, 64, 64, 0, 4, 2, False))
+    rows, rows_x, rows_back = _rows(rounded, 64), _rows(rounded_x, 64), _rows(rounded_gates, 64)
+    if hidden <= 16:
+        forward = Tile(128, 16, rows, rows_x, rows_back, 0, 4, 1)
+        backward = Tile(64, 16, rows, rows_x, rows_back, 8, 4, 1, 3)
+    elif hidden <= 32:
+        forward = Tile(128, 32, rows, rows_x, rows_back, 0, 8, 4)
+        backward = Tile(64, 32, rows, rows_x, rows_back, 0, 4, 4, 4)
+    elif hidden <= 64:
+        forward = Tile(128, 64, min(rows, 32), min(rows_x, 32), rows_back, 0, 8, 4)
+        backward = Tile(128, 64, rows, rows_x, rows_back, 0, 8, 3, 3)
+    else:
+        forward = Tile(128, 32, rows, rows_x, rows_back, 0, 4, 4)
+        backward = Tile(128, 32, rows, rows_x, rows_back, 0, 8, 3, 3)
+    image = Tile(128, 16 if channels <= 16 else 32 if channels <= 32 else 64, rows, rows_x, rows_back, 0, 4, 1, 3)
+    if rounded_gates % 64 == 0 and channels <= 32:
+        image = image._replace(patch=32, stages_back=2, halo=1)
+    if hidden <= 16 and channels <= 16:
+        weight = WeightTile(32, 64, 64, 16, 4, 3, True)
+    elif hidden <= 32:
+        weight = WeightTile(64, 128, 64, 0, 4, 4, False)
+    elif hidden <= 64:
+        weight = WeightTile(64, 128, 128, 0, 4, 3, False)
+    else:
+        weight = WeightTile(64, 256, 128, 0, 8, 3, False)
+    return Tiles(forward, backward, image, weight)

@@ -1,0 +1,320 @@
+"""The Triton kernels against the float64 reference: values and every gradient.
+
+On a GPU, compiled, in every dtype (``pytest -m gpu tests/ops/test_triton.py``). Anywhere, in Triton's interpreter,
+which must be chosen before Triton is first imported: in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from convlstm_fish.ops import conv_lstm, conv_lstm_reference, geometry
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs triton", allow_module_level=True)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, started by another test")
+
+# Relative error in the Frobenius norm. Never widened.
+TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "tf32": 1e-3, "float32": 1e-5}
+
+
+class Case(NamedTuple):
+    """One call: sizes, what is passed, and the options."""
+
+    clips: int = 2
+    steps: int = 3
+    channels: int = 3
+    height: int = 9
+    width: int = 7
+    hidden: int = 5
+    kernel: tuple[int, int] = (3, 3)
+    kernel_h: tuple[int, int] = (3, 3)
+    hx: bool = True
+    bias: bool = True
+    peephole: str | None = None
+    mask: bool = False
+    lengths: tuple[int, ...] | None = None
+    sequences: bool = True
+    options: dict[str, Any] = {}  # noqa: RUF012
+
+
+SMALL = {
+    "plain": Case(1, 2, 3, 5, 4),
+    "stateless-valid": Case(1, 2, 4, 6, 6, 16, hx=False, bias=False,
+                            options={"padding": "valid", "recurrent_activation": "hard_sigmoid"}),
+    "even-kernels": Case(1, 2, 3, 5, 4, 6, (2, 3), (4, 2), peephole="channel", mask=True),
+    "strided-reverse": Case(1, 2, 3, 6, 5, kernel_h=(1, 3), peephole="pixel", options={
+        "stride": 2, "dilation": (1, 2), "recurrent_activation": "hard_sigmoid_v3", "reverse": True}),
+    "short-lengths": Case(steps=2, height=3, width=4, lengths=(2, 1), sequences=False),
+    "short-lengths-reverse": Case(steps=2, height=3, width=4, lengths=(1, 2), mask=True, options={"reverse": True}),
+    "one-step": Case(steps=1, height=1, width=1, kernel=(1, 1), kernel_h=(1, 1), hidden=3, channels=1),
+}  # fmt: skip
+LARGE = {
+    "serenity-1": Case(3, 5, 4, 61, 47, 16, hx=False, bias=False, options={
+        "padding": "valid", "recurrent_activation": "hard_sigmoid"}),
+    "serenity-2": Case(3, 5, 16, 29, 23, 32, hx=False, bias=False, sequences=False, options={"padding": "valid"}),
+    "long": Case(2, 63, 5, 13, 17, 5),
+    "lengths": Case(clips=3, steps=5, lengths=(5, 1, 3), mask=True),
+    "lengths-reverse": Case(clips=3, steps=5, lengths=(2, 5, 1), mask=True, options={"reverse": True}),
+    "holmdk": Case(2, 4, 64, 24, 20, 64),
+    "openstl": Case(2, 3, 16, 16, 16, 128, (5, 5), (5, 5)),
+    "wide": Case(1, 3, 7, 11, 10, 256, (1, 1), (3, 3)),
+    "odd-width": Case(2, 3, 20, 15, 14, 48, (7, 7), (5, 3), peephole="channel", mask=True),
+}  # fmt: skip
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """‖value - truth‖ / ‖truth‖; NaN never passes a comparison."""
+    return float((value.detach().double() - truth.detach()).norm() / truth.detach().norm())
+
+
+def run(
+    case: Case, function: Callable[..., Any], dtype: torch.dtype, device: str, tensors: dict[str, Any], **options: Any
+) -> dict[str, Tensor]:
+    """Outputs and gradients of one call, with random cotangents on every output, by name."""
+    cast = {k: v.to(device, dtype, copy=True).requires_grad_() for k, v in tensors["arguments"].items()}
+    hx = (cast["h_0"], cast["c_0"]) if case.hx else None
+    peephole = tuple(cast[k] for k in ("w_ci", "w_cf", "w_co")) if case.peephole else None
+    mask = tensors["mask"].to(device, dtype) if case.mask else None
+    lengths = None if case.lengths is None else torch.tensor(case.lengths, device=device)
+    output, (h_n, c_n) = function(
+        cast["x"], hx, cast["weight_ih"], cast["weight_hh"], cast.get("bias"), peephole, recurrent_mask=mask,
+        lengths=lengths, return_sequences=case.sequences, **case.options, **options,
+    )  # fmt: skip
+    results = {"output": output, "h_n": h_n, "c_n": c_n}
+    results = {k: v for k, v in results.items() if v is not None}
+    sum((v.double() * tensors["cotangents"][k].to(device)).sum() for k, v in results.items()).backward()
+    return results | {f"d {k}": v.grad for k, v in cast.items()}
+
+
+def make(case: Case) -> dict[str, Any]:
+    """Random float64 arguments and cotangents for a case."""
+    random = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, dtype=torch.float64)
+
+    o = case.options
+    sizes = (case.height, case.width)
+    out = geometry(sizes, case.kernel, o.get("stride", 1), o.get("padding", "same"), o.get("dilation", 1)).out
+    state = (case.clips, case.hidden, *out)
+    fan = case.channels * case.kernel[0] * case.kernel[1] + case.hidden * case.kernel_h[0] * case.kernel_h[1]
+    arguments = {
+        "x": normal(case.clips, case.steps, case.channels, *sizes),
+        "weight_ih": normal(4 * case.hidden, case.channels, *case.kernel) / fan**0.5,
+        "weight_hh": normal(4 * case.hidden, case.hidden, *case.kernel_h) / fan**0.5,
+    }
+    if case.hx:
+        arguments |= {"h_0": normal(*state).tanh(), "c_0": normal(*state)}
+    if case.bias:
+        arguments["bias"] = normal(4 * case.hidden)
+    if case.peephole:
+        shape = (case.hidden, 1, 1) if case.peephole == "channel" else (case.hidden, *out)
+        arguments |= {name: normal(*shape) for name in ("w_ci", "w_cf", "w_co")}
+    return {
+        "arguments": arguments,
+        "mask": (torch.rand(state, generator=random, dtype=torch.float64) > 0.25) / 0.75,
+        "cotangents": {
+            "output": normal(case.clips, case.steps, case.hidden, *out),
+            "h_n": normal(*state),
+            "c_n": normal(*state),
+        },
+    }
+
+
+def check(case: Case, function: Callable[..., Any], dtype: torch.dtype, device: str, tolerance: float) -> None:
+    """Compares one call with the float64 reference on operands that the dtype can hold."""
+    tensors = make(case)
+    for group in (tensors["arguments"], tensors["cotangents"]):
+        for name, value in group.items():
+            group[name] = value.to(dtype).double()
+    tensors["mask"] = tensors["mask"].to(dtype).double()
+    truth = run(case, conv_lstm_reference, torch.float64, device, tensors)
+    found = run(case, function, dtype, device, tensors)
+    assert found.keys() == truth.keys()
+    errors = {name: relative_error(found[name], truth[name]) for name in truth}
+    wrong = {name: error for name, error in errors.items() if not error < tolerance}
+    assert not wrong, f"relative errors over {tolerance}: {wrong}"
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fills every uninitialised tensor with NaN, so that an element that no kernel writes is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def precision() -> Iterator[Callable[[bool], None]]:
+    """Sets whether float32 convolutions may use TF32, and sets it back."""
+    before = torch.backends.cudnn.allow_tf32
+
+    def allow(tf32: bool) -> None:
+        torch.backends.cudnn.allow_tf32 = tf32
+
+    yield allow
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_the_interpreter_in_a_process_of_its_own() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed" in done.stdout
+
+
+@interpreted
+@pytest.mark.parametrize("name", SMALL)
+def test_interpreter_gives_the_reference_and_its_gradients(
+    name: str, poisoned: None, precision: Callable[[bool], None]
+) -> None:
+    from convlstm_fish.ops.triton_kernels import conv_lstm_triton
+
+    precision(False)
+    check(SMALL[name], conv_lstm_triton, torch.float32, "cpu", TOLERANCE["float32"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", {**SMALL, **LARGE})
+def test_kernel_gives_the_reference_and_its_gradients(
+    name: str, dtype: str, poisoned: None, precision: Callable[[bool], None]
+) -> None:
+    precision(dtype == "tf32")
+    case = {**SMALL, **LARGE}[name]
+    kind = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+
+    def function(*args: Any, **options: Any) -> Any:
+        return conv_lstm(*args, **options, backend="triton")
+
+    check(case, function, kind, "cuda", TOLERANCE[dtype])
+
+
+def check_pool(device: str, dtype: torch.dtype, height: int, width: int, size: int) -> None:
+    """Compares the pooling with torch's, with ties and a NaN."""
+    from convlstm_fish.ops.triton_kernels import max_pool_triton
+
+    random = torch.Generator().manual_seed(2)
+    frames = torch.randn(3, 5, height, width, generator=random).mul(2).round().to(device, dtype)
+    frames[0, 0, 0, 1] = float("nan")
+    frames.requires_grad_()
+    cotangent = torch.randn(3, 5, height // size, width // size, generator=random).to(device, dtype)
+    truth = torch.nn.functional.max_pool2d(frames, size)
+    found = max_pool_triton(frames, size)
+    torch.testing.assert_close(found, truth, rtol=0, atol=0, equal_nan=True)
+    gradients = [torch.autograd.grad(pooled, frames, cotangent)[0] for pooled in (found, truth)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+@interpreted
+@pytest.mark.parametrize(("height", "width", "size"), [(5, 7, 2), (6, 7, 3)])
+def test_pooling_in_the_interpreter(height: int, width: int, size: int, poisoned: None) -> None:
+    check_pool("cpu", torch.float32, height, width, size)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("height", "width", "size"), [(5, 7, 2), (6, 7, 3), (118, 158, 2)])
+def test_pooling(height: int, width: int, size: int, dtype: torch.dtype, poisoned: None) -> None:
+    check_pool("cuda", dtype, height, width, size)
+
+
+@pytest.mark.gpu
+def test_same_bits_twice() -> None:
+    tensors = make(LARGE["serenity-1"])
+    first, second = (
+        run(LARGE["serenity-1"], conv_lstm, torch.bfloat16, "cuda", tensors, backend="triton") for _ in range(2)
+    )
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.gpu
+def test_strided_input_and_inference_agree_with_training(precision: Callable[[bool], None]) -> None:
+    precision(False)
+    case = SMALL["plain"]
+    a = {k: v.float().cuda() for k, v in make(case)["arguments"].items()}
+    video = torch.randn(1, 4, 3, 5, 8, device="cuda")[:, ::2, :, :, ::2]
+    args = (video, (a["h_0"], a["c_0"]), a["weight_ih"], a["weight_hh"], a["bias"])
+    truth, state = conv_lstm_reference(
+        video.double(), (a["h_0"].double(), a["c_0"].double()), *(t.double() for t in args[2:])
+    )
+    for sequences in (True, False):
+        output, (h_n, c_n) = conv_lstm(*args, return_sequences=sequences, backend="triton")
+        if sequences:
+            assert relative_error(output, truth) < TOLERANCE["float32"]
+        assert relative_error(h_n, state[0]) < TOLERANCE["float32"]
+        assert relative_error(c_n, state[1]) < TOLERANCE["float32"]
+
+
+@pytest.mark.gpu
+def test_autocast_computes_in_its_dtype_and_keeps_c_and_gradients_wide() -> None:
+    a = {k: v.float().cuda().requires_grad_() for k, v in make(SMALL["plain"])["arguments"].items()}
+    with torch.autocast("cuda", torch.bfloat16):
+        output, (h_n, c_n) = conv_lstm(a["x"], None, a["weight_ih"], a["weight_hh"], a["bias"], backend="triton")
+    assert (output.dtype, h_n.dtype, c_n.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    output.float().sum().backward()
+    assert a["weight_ih"].grad.dtype == torch.float32
+
+
+@pytest.mark.gpu
+def test_second_derivative_and_transforms_are_refused() -> None:
+    a = {k: v.float().cuda().requires_grad_() for k, v in make(SMALL["plain"])["arguments"].items()}
+
+    def total(x: Tensor) -> Tensor:
+        return conv_lstm(x, None, a["weight_ih"], a["weight_hh"], backend="triton")[0].square().sum()
+
+    (first,) = torch.autograd.grad(total(a["x"]), a["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="backward"):
+        torch.autograd.grad(first.sum(), a["x"])
+    with pytest.raises(RuntimeError, match=r"torch\.func"):
+        torch.func.grad(total)(a["x"].detach())
+
+
+@pytest.mark.gpu
+def test_compiles_into_one_graph() -> None:
+    a = {k: v.float().cuda().requires_grad_() for k, v in make(SMALL["plain"])["arguments"].items()}
+
+    def layer(x: Tensor) -> Tensor:
+        return conv_lstm(2 * x, None, a["weight_ih"], a["weight_hh"], a["bias"], backend="triton")[0].relu()
+
+    compiled = torch.compile(layer, fullgraph=True)
+    eager = torch.autograd.grad(layer(a["x"]).sum(), (a["x"], a["weight_hh"]))
+    found = torch.autograd.grad(compiled(a["x"]).sum(), (a["x"], a["weight_hh"]))
+    for left, right in zip(eager, found):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float64}, "not in torch.float64"),
+        ({"shape": (1, 2, 3, 8)}, "2 spatial dimensions"),
+        ({"options": {"checkpoint_every": 2}}, "checkpoint_every"),
+        ({"options": {"detach_every": 2}}, "detach_every"),
+        ({"options": {"norm": ()}}, "normalisation"),
+    ],
+)
+def test_unsupported_says_why(change: dict[str, Any], reason: str) -> None:
+    from convlstm_fish.ops.triton_kernels import unsupported
+
+    x = torch.zeros(change.get("shape", (1, 2, 3, 8, 8)), dtype=change.get("dtype", torch.float32))
+    weights = (torch.zeros(8, 3, 3, 3), torch.zeros(8, 2, 3, 3))
+    said = unsupported(x, None, *weights, **change.get("options", {}))
+    assert said is not None
+    assert reason in said
