@@ -1,0 +1,109 @@
+"""Augmentation of clips on the device, the same for all frames of a clip.
+
+What happens to a clip is drawn where the clip is read, from (seed, epoch, clip), as a few numbers that travel
+with the uint8 pixels; the device applies the numbers of a whole batch at once. A resumed run therefore repeats
+every pixel. ``torchvision.transforms.v2.functional`` takes one factor for a whole tensor, which would cost one
+launch per clip and operation; the tests hold this file against it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convlstm_fish.data.modules.base import require, to_unit
+from convlstm_fish.data.order import augmentation_generator
+
+FLIPS = ("all", "random", "none")
+COLUMNS = ("flip_rows", "flip_columns", "shift_rows", "shift_columns", "brightness", "contrast")
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training clips are varied.
+
+    Args:
+        flips: "all" makes every clip four samples of an epoch (as it is, upside down, mirrored, both), "random"
+            draws one of the four, "none" leaves clips as they are.
+        brightness: pixels are multiplied by a factor from [1 - brightness, 1 + brightness].
+        contrast: differences from the clip's mean are multiplied by a factor from [1 - contrast, 1 + contrast].
+        noise: standard deviation of Gaussian noise added to each pixel, as a share of full scale.
+        shift: clips move by up to this many pixels up, down, left and right; black moves in.
+    """
+
+    flips: str = "all"
+    brightness: float = 0.0
+    contrast: float = 0.0
+    noise: float = 0.0
+    shift: int = 0
+
+    def __post_init__(self) -> None:
+        require("flips", self.flips, self.flips in FLIPS, f"one of {', '.join(FLIPS)}")
+        for name in ("brightness", "contrast"):
+            value = getattr(self, name)
+            require(name, value, 0 <= value <= 1, "a number from 0 to 1")
+        require("noise", self.noise, 0 <= self.noise <= 1, "a number from 0 to 1")
+        require("shift", self.shift, self.shift >= 0, "0 or more pixels")
+
+    @property
+    def copies(self) -> int:
+        """Samples of an epoch per clip."""
+        return 4 if self.flips == "all" else 1
+
+    def draw(self, seed: int, epoch: int, index: int) -> tuple[Tensor, int]:
+        """The numbers for one sample: ``COLUMNS`` as float32 (6,), and a seed for its noise."""
+        generator = augmentation_generator(seed, epoch, index)
+        # Always the same draws in the same order, so that one option does not change what another one does.
+        flip, shift = int(generator.integers(4)), generator.integers(-self.shift, self.shift + 1, 2)
+        factors = 1 + generator.uniform(-1, 1, 2) * (self.brightness, self.contrast)
+        noise_seed = int(generator.integers(2**62))
+        if self.flips != "random":
+            flip = index % 4 if self.flips == "all" else 0
+        numbers = np.array([flip & 1, flip >> 1, *shift, *factors], dtype=np.float32)
+        return torch.from_numpy(numbers), noise_seed
+
+    def apply(self, video: Tensor, numbers: Tensor, noise_seeds: list[int], dtype: torch.dtype) -> Tensor:
+        """Apply to a batch.
+
+        Args:
+            video: uint8 (N, T, C, H, W).
+            numbers: (N, 6) on the same device, from :meth:`draw`.
+            noise_seeds: N seeds.
+            dtype: of the result.
+
+        Returns:
+            (N, T, C, H, W) in [0, 1].
+        """
+        column = {name: numbers[:, k].view(-1, 1, 1, 1, 1) for k, name in enumerate(COLUMNS)}
+        if self.flips != "none":
+            video = torch.where(column["flip_rows"] > 0, video.flip(-2), video)
+            video = torch.where(column["flip_columns"] > 0, video.flip(-1), video)
+        if self.shift:
+            video = _shift(_shift(video, column["shift_rows"], -2), column["shift_columns"], -1)
+        out = to_unit(video, dtype)
+        if self.brightness:
+            out = (out * column["brightness"].to(dtype)).clamp_(0, 1)
+        if self.contrast:
+            mean = out.mean(dim=(1, 2, 3, 4), keepdim=True)
+            out = torch.lerp(mean, out, column["contrast"].to(dtype)).clamp_(0, 1)
+        if self.noise:
+            generator = torch.Generator(out.device)
+            for clip, seed in zip(out, noise_seeds):
+                noise = torch.randn(clip.shape, generator=generator.manual_seed(seed), device=out.device)
+                clip.add_(noise.to(dtype), alpha=self.noise)
+            out.clamp_(0, 1)
+        return out
+
+
+def _shift(video: Tensor, by: Tensor, dim: int) -> Tensor:
+    """Move each clip by its own number of pixels along ``dim``; what moves in is black."""
+    size = video.shape[dim]
+    shape = [1, 1, 1, 1, 1]
+    shape[dim] = size
+    source = torch.arange(size, device=video.device).view(shape) - by.to(torch.int64)
+    inside = (source >= 0) & (source < size)
+    moved = video.gather(dim, source.clamp(0, size - 1).expand_as(video))
+    return moved.mul_(inside)

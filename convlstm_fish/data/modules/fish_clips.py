@@ -1,0 +1,361 @@
+"""Clips of a recording and whether something starts after them, for training, scoring and prediction."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pytorch_lightning.utilities import rank_zero_warn
+
+from convlstm_fish.data import clips
+from convlstm_fish.data import labels as rules
+from convlstm_fish.data.modules.augment import Augmentation
+from convlstm_fish.data.modules.base import Batch, ResumableDataModule, require
+from convlstm_fish.data.modules.resident import ResidentFrames
+from convlstm_fish.data.recording import Recording
+from convlstm_fish.data.simulate import simulate as simulated_tank
+from convlstm_fish.errors import UserError
+
+INPUT_FORMS = ("time_channels", "single_channel")
+PIXELS_ON = ("auto", "device", "host")
+UNKNOWN = -1
+
+
+class ClipSamples:
+    """The clips of one split, cut from the recording's frames when asked for.
+
+    Args:
+        recording: the frames.
+        ends: (K,) last frame of each clip.
+        labels: (K,) label of each clip.
+        clip_frames: frames in a clip.
+        step_frames: consecutive frames that become the channels of one step.
+        image_size: height and width of the clips, selected by nearest neighbour.
+        augmentation: for training clips, or None.
+        seed: of the augmentation.
+        pixels: False leaves out ``video``, for pixels that are on the device already.
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        ends: npt.NDArray[np.int64],
+        labels: npt.NDArray[np.int64],
+        clip_frames: int,
+        step_frames: int,
+        image_size: tuple[int, int],
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        pixels: bool = True,
+    ) -> None:
+        self.recording, self.ends, self.labels = recording, ends, labels
+        self.clip_frames, self.step_frames, self.image_size = clip_frames, step_frames, image_size
+        self.augmentation, self.seed, self.pixels = augmentation, seed, pixels
+        self._rows, self._columns = _kept_pixels(recording, image_size)
+
+    def __len__(self) -> int:
+        return len(self.ends) * (1 if self.augmentation is None else self.augmentation.copies)
+
+    def classes(self) -> npt.NDArray[np.int64]:
+        """Label of every sample."""
+        return np.repeat(self.labels, len(self) // len(self.ends))
+
+    def video(self, clip: int) -> torch.Tensor:
+        """Clip number ``clip``: uint8 (T, C, H, W)."""
+        frames = clips.clip_slice(int(self.ends[clip]), self.clip_frames)
+        pixels = self.recording.cut(frames, self._rows, self._columns)
+        return torch.from_numpy(pixels).view(-1, self.step_frames, *self.image_size)
+
+    def sample(self, index: int, epoch: int) -> Batch:
+        """Sample ``index``: its clip, label and last frame, and what augmentation does to it in ``epoch``."""
+        clip = index if self.augmentation is None else index // self.augmentation.copies
+        item: Batch = {"video": self.video(clip)} if self.pixels else {}
+        item |= {
+            "label": torch.tensor(int(self.labels[clip])),
+            "index": torch.tensor(int(self.ends[clip])),
+        }
+        if self.augmentation is not None:
+            item["augmentation"], item["noise_seed"] = self.augmentation.draw(self.seed, epoch, index)
+        return item
+
+
+def _kept_pixels(recording: Recording, size: tuple[int, int]) -> tuple[Any, Any]:
+    """Rows and columns that remain of a recording's frames when they are resized to ``size``."""
+    height, width = recording.size
+    return clips.as_slice(clips.nearest(height, size[0])), clips.as_slice(clips.nearest(width, size[1]))
+
+
+class FishClips(ResumableDataModule):
+    """DataModule of behaviour forecasting: clips of a recording, and whether a burst or chase starts after them.
+
+    Batches are dicts: ``video`` (N, T, C, H, W) in [0, 1], ``label`` (N,) 0 or 1, ``index`` (N,) the last frame of each
+    clip as a frame number of the recording, and except in training ``valid`` (N,), False for padding. No clip is
+    stored: pixels are cut from the memory-mapped recording, travel as uint8 and become float on the device.
+    Clips never cross a split.
+
+    Args:
+        path: a recording: a folder made by ``prepare`` or ``simulate``, the published layout, a folder of
+            numbered images, or a video.
+        batch_size: clips per batch and process.
+        clip_seconds: length of a clip; rounded to whole steps.
+        clip_frames: length of a clip in frames, instead of ``clip_seconds``.
+        input_form: "time_channels" puts ``frames_per_step`` consecutive frames into the channels of one step
+            (published: 30 steps of 4), "single_channel" makes each frame a step of one channel.
+        frames_per_step: frames in one step of "time_channels".
+        image_size: height and width of the clips; pixels are selected by nearest neighbour as published.
+        label: "burst" (the published rule), "chase" (a chase starts, for simulated recordings), or the name of a
+            (T,) array of 0 and 1 in the recording.
+        horizon_seconds: how far the label looks ahead.
+        threshold: the burst rule's c, least range of motion that is a burst; default as the recording was prepared.
+        splits: three shares for train, validation and test, instead of the recording's own.
+        clip_stride: frames between the ends of two training clips.
+        eval_stride: frames between the ends of two clips of validation, test and prediction.
+        flips, brightness, contrast, noise, shift: augmentation of training clips, see :class:`Augmentation`.
+        balanced: an epoch in which both labels are equally frequent.
+        predict_split: "train", "validation", "test", or "all" for the whole recording as one series. Prediction
+            includes the last frames of it, for which no label exists (their label is -1).
+        pixels_on: "device" brings the recording to the GPU once and gathers the clips there; "host" cuts them from
+            the memory map and sends them; "auto" takes the device where a GPU has room.
+        num_workers: processes that load; 0 loads in the training process.
+        seed: of order and augmentation.
+        simulate: options of :func:`convlstm_fish.data.simulate.simulate` (minutes, seed, ...); with them a recording
+            that is absent is simulated on first use.
+
+    Raises:
+        UserError: for an option or a recording that cannot be used.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        batch_size: int = 4,
+        *,
+        clip_seconds: float = rules.CLIP_SECONDS,
+        clip_frames: int | None = None,
+        input_form: str = "time_channels",
+        frames_per_step: int = 4,
+        image_size: Sequence[int] = (120, 160),
+        label: str = "burst",
+        horizon_seconds: float = rules.HORIZON_SECONDS,
+        threshold: float | None = None,
+        splits: Sequence[float] | None = None,
+        clip_stride: int = 1,
+        eval_stride: int = 1,
+        flips: str = "all",
+        brightness: float = 0.0,
+        contrast: float = 0.0,
+        noise: float = 0.0,
+        shift: int = 0,
+        balanced: bool = False,
+        predict_split: str = "all",
+        pixels_on: str = "auto",
+        num_workers: int = 0,
+        seed: int = 0,
+        simulate: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed)
+        require("input_form", input_form, input_form in INPUT_FORMS, f"one of {', '.join(INPUT_FORMS)}")
+        require("frames_per_step", frames_per_step, frames_per_step >= 1, "1 or more")
+        self.step_frames = frames_per_step if input_form == "time_channels" else 1
+        require("clip_seconds", clip_seconds, clip_seconds > 0, "a positive number of seconds")
+        if clip_frames is not None:
+            whole = clip_frames >= 1 and clip_frames % self.step_frames == 0
+            require("clip_frames", clip_frames, whole, f"a positive multiple of frames_per_step {self.step_frames}")
+        require("horizon_seconds", horizon_seconds, horizon_seconds > 0, "a positive number of seconds")
+        size = tuple(int(n) for n in image_size)
+        require("image_size", list(image_size), len(size) == 2 and min(size) >= 1, "height, width in pixels")
+        require("threshold", threshold, threshold is None or threshold > 0, "a positive amount of motion")
+        require("clip_stride", clip_stride, clip_stride >= 1, "1 or more")
+        require("eval_stride", eval_stride, eval_stride >= 1, "1 or more")
+        require(
+            "predict_split",
+            predict_split,
+            predict_split in (*clips.SPLITS, "all"),
+            f"one of {', '.join(clips.SPLITS)}, all",
+        )
+        require("pixels_on", pixels_on, pixels_on in PIXELS_ON, f"one of {', '.join(PIXELS_ON)}")
+        known = tuple(inspect.signature(simulated_tank).parameters)[1:]
+        for option in simulate or ():
+            require("simulate", option, option in known, f"an option of the simulator ({', '.join(known)})")
+        self.path = path
+        self.pixels_on = pixels_on
+        self.clip_seconds, self._clip_frames = clip_seconds, clip_frames
+        self.image_size = (size[0], size[1])
+        self.label, self.horizon_seconds, self.threshold = label, horizon_seconds, threshold
+        self.splits, self.clip_stride, self.eval_stride = splits, clip_stride, eval_stride
+        self.augmentation = Augmentation(flips, brightness, contrast, noise, shift)
+        self.balanced, self.predict_split = balanced, predict_split
+        self.simulate = None if simulate is None else dict(simulate)
+        self._recording: Recording | None = None
+        self._labels: npt.NDArray[np.uint8] | None = None
+        self._resident: ResidentFrames | None = None
+
+    # -- the recording -------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Simulate the recording where it is absent and ``simulate`` is given (in one process only)."""
+        if self.simulate is None:
+            return
+        if not Path(self.path).exists():
+            simulated_tank(self.path, **self.simulate)
+            return
+        made = Recording.open(self.path).metadata
+        for option, value in self.simulate.items():
+            if option in made and made[option] != value:
+                rank_zero_warn(
+                    f"{self.path} is there already, with {option} {made[option]}; simulate.{option} {value} is not used"
+                )
+
+    @property
+    def recording(self) -> Recording:
+        """The recording, opened when first asked for."""
+        if self._recording is None:
+            recording = Recording.open(self.path)
+            self._recording = recording if self.splits is None else recording.with_splits(self.splits)
+        return self._recording
+
+    @property
+    def fps(self) -> float:
+        """Frames per second of the recording."""
+        return self.recording.fps
+
+    @property
+    def clip_frames(self) -> int:
+        """Frames in a clip."""
+        if self._clip_frames is not None:
+            return self._clip_frames
+        return rules.clip_frames_of(self.clip_seconds, self.fps, self.step_frames)
+
+    @property
+    def horizon(self) -> int:
+        """Frames that the label looks ahead."""
+        return rules.horizon_frames_of(self.horizon_seconds, self.fps)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int, int]:
+        """Shape (T, C, H, W) of one clip."""
+        return self.clip_frames // self.step_frames, self.step_frames, *self.image_size
+
+    @property
+    def labels(self) -> npt.NDArray[np.uint8]:
+        """Label of every frame of the recording (T,); 0 where there is none."""
+        if self._labels is None:
+            options = {"first": self.clip_frames - 1, "horizon": self.horizon, "c": self.threshold}
+            self._labels = self.recording.labels(self.label, **options)  # type: ignore[arg-type]
+        return self._labels
+
+    def frames(self, split: str) -> npt.NDArray[np.int64]:
+        """Last frame of every clip of "train", "validation", "test" or "predict", as numbers of the recording.
+
+        Subtract ``recording.splits[split][0]`` for numbers within the split. A training clip is one entry here
+        and four samples with ``flips="all"``.
+
+        Raises:
+            UserError: when the split is absent or too short for a clip.
+        """
+        recording = self.recording
+        if split == "predict":
+            start, stop = 0, len(recording)
+            if self.predict_split != "all":
+                start, stop = self._range(self.predict_split)
+            ends = clips.clip_ends(start, stop, self.clip_frames, None, self.eval_stride)
+            if len(ends) == 0:
+                raise UserError(
+                    f"{self.path}: {stop - start} frames to predict hold no clip of {self.clip_frames} frames; "
+                    f"clip_seconds {(stop - start) // self.step_frames * self.step_frames / self.fps:.3g} fits"
+                )
+            return ends
+        stride = self.clip_stride if split == "train" else self.eval_stride
+        ends = clips.clip_ends(*self._range(split), self.clip_frames, self.horizon, stride)
+        if len(ends) == 0:
+            told = clips.too_short(
+                str(self.path),
+                recording.splits,
+                len(recording),
+                self.clip_frames,
+                self.horizon,
+                self.fps,
+                self.step_frames,
+            )
+            raise UserError(told or f"{self.path}: {split} holds no clip")
+        return ends
+
+    def _range(self, split: str) -> tuple[int, int]:
+        if split not in self.recording.splits:
+            there = ", ".join(self.recording.splits) or "none"
+            raise UserError(
+                f"{self.path}: has no {split} split (it has: {there}); name shares such as splits 0.8,0.1,0.1"
+            )
+        return self.recording.splits[split]
+
+    # -- samples -------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Check that every split that the stage needs holds clips, before any work is done."""
+        super().setup(stage)
+        needed = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, (stage,))
+        for split in needed:
+            self._split(split)
+
+    def samples(self, split: str) -> ClipSamples:
+        """The clips of "train", "validation", "test" or "predict"."""
+        ends = self.frames(split)
+        labels = self.labels[ends].astype(np.int64)
+        if split == "predict":
+            labels[~np.isin(ends, self._labelled())] = UNKNOWN
+        return ClipSamples(
+            self.recording,
+            ends,
+            labels,
+            self.clip_frames,
+            self.step_frames,
+            self.image_size,
+            self.augmentation if split == "train" else None,
+            self.seed,
+            pixels=not self._gathers_on_device(),
+        )
+
+    def _labelled(self) -> npt.NDArray[np.int64]:
+        ranges = self.recording.splits.values()
+        parts = [clips.clip_ends(a, b, self.clip_frames, self.horizon) for a, b in ranges]
+        return np.concatenate([np.empty(0, np.int64), *parts])
+
+    def classes(self) -> npt.NDArray[np.int64] | None:
+        """Label of every training sample when the order has to be balanced."""
+        if not self.balanced:
+            return None
+        samples = self._split("train")
+        return samples.classes() if isinstance(samples, ClipSamples) else None
+
+    # -- on the device -------------------------------------------------------------------------------------------
+
+    def _gathers_on_device(self) -> bool:
+        if self.pixels_on != "auto":
+            return self.pixels_on == "device"
+        if not self._on_cuda():
+            return False
+        device = torch.device("cuda") if self.trainer is None else self.trainer.strategy.root_device
+        # Once there, its memory is no longer free: do not ask again.
+        return self._resident is not None or ResidentFrames.fits(len(self.recording), self.image_size, device)
+
+    def _frames_on(self, device: torch.device) -> ResidentFrames:
+        if self._resident is None or self._resident.frames.device != device:
+            kept = _kept_pixels(self.recording, self.image_size)
+            self._resident = ResidentFrames(self.recording, *kept, self.image_size, device)
+        return self._resident
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Make float of the pixels, and augment training clips, on the device where the batch is."""
+        if "video" not in batch:
+            batch["video"] = self._frames_on(batch["index"].device).clips(
+                batch["index"], self.clip_frames, self.step_frames
+            )
+        if "augmentation" in batch:
+            numbers, seeds = batch.pop("augmentation"), batch.pop("noise_seed")
+            batch["video"] = self.augmentation.apply(batch["video"], numbers, seeds, self._dtype())
+        return super().on_after_batch_transfer(batch, dataloader_idx)

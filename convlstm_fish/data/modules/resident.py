@@ -1,0 +1,52 @@
+"""A recording that lies on the GPU: clips are gathered there, and no pixel travels while training runs."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convlstm_fish.data.recording import Recording
+
+# Frames that are read and sent at a time while the recording is brought to the device.
+CHUNK = 1024
+
+# The largest share of the free device memory that "auto" lets a recording have; training needs the rest.
+SHARE = 0.25
+
+
+class ResidentFrames:
+    """The frames of a recording, resized as its clips are, as one uint8 tensor on a device.
+
+    Args:
+        recording: the frames.
+        rows, columns: which pixels are kept, see :meth:`convlstm_fish.data.recording.Recording.cut`.
+        device: where the frames are to lie.
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        rows: slice | np.ndarray,
+        columns: slice | np.ndarray,
+        size: tuple[int, int],
+        device: torch.device,
+    ) -> None:
+        self.frames = torch.empty(len(recording), *size, dtype=torch.uint8, device=device)
+        for start in range(0, len(recording), CHUNK):
+            part = slice(start, min(start + CHUNK, len(recording)))
+            self.frames[part] = torch.from_numpy(recording.cut(part, rows, columns)).to(device)
+
+    @staticmethod
+    def fits(frames: int, size: tuple[int, int], device: torch.device) -> bool:
+        """Whether so many frames leave a GPU enough memory to train; never on a CPU, which has them mapped anyway."""
+        if device.type != "cuda":
+            return False
+        free, _ = torch.cuda.mem_get_info(device)
+        return frames * size[0] * size[1] <= SHARE * free
+
+    def clips(self, ends: Tensor, clip_frames: int, step_frames: int) -> Tensor:
+        """The clips whose last frames are ``ends`` (N,), on the same device: uint8 (N, T, C, H, W)."""
+        window = torch.arange(1 - clip_frames, 1, device=ends.device)
+        pixels = self.frames[ends[:, None] + window]
+        return pixels.unflatten(1, (-1, step_frames))
