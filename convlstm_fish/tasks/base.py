@@ -1,0 +1,79 @@
+"""What the tasks share: the optimizer and its schedule, told by plain hyper-parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from convlstm_fish.errors import UserError
+
+LR_SCHEDULES = ("constant", "cosine", "one_cycle")
+
+
+def schedule_factor(kind: str, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
+    """Learning rate at an optimizer step, as a factor of the highest one.
+
+    "constant" stays at 1; "cosine" falls to 0 at ``total_steps`` along half a cosine; "one_cycle" is the cosine after a
+    linear rise over the first tenth of the steps. ``warmup_steps`` is a linear rise for any of them.
+    """
+    if kind == "one_cycle" and not warmup_steps:
+        warmup_steps = max(1, total_steps // 10)
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        if kind == "constant":
+            return 1.0
+        done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    return factor
+
+
+class Task(pl.LightningModule):
+    """Base of the tasks: Adam, and the schedule of its learning rate.
+
+    Args:
+        lr: learning rate of Adam, the highest one where it follows a schedule.
+        betas: decay of Adam's first and second moment.
+        eps: Adam's epsilon.
+        weight_decay: decoupled weight decay (AdamW); 0 is plain Adam.
+        lr_schedule: "constant", "cosine" or "one_cycle", over all steps of the run.
+        warmup_steps: optimizer steps in which the learning rate rises linearly from 0.
+
+    Raises:
+        UserError: for a value that makes no sense.
+    """
+
+    def __init__(
+        self, lr: float, betas: list[float], eps: float, weight_decay: float, lr_schedule: str, warmup_steps: int
+    ) -> None:
+        super().__init__()
+        for name, value in (("lr", lr), ("eps", eps)):
+            if not (math.isfinite(value) and value > 0):
+                raise UserError(f"{name}: {value!r} is not a number above 0")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise UserError(f"betas: {betas!r} are not two numbers from 0 to below 1")
+        for name, value in (("weight_decay", weight_decay), ("warmup_steps", warmup_steps)):
+            if value < 0:
+                raise UserError(f"{name}: {value!r} is not 0 or more")
+        if lr_schedule not in LR_SCHEDULES:
+            raise UserError(f"lr_schedule: {lr_schedule!r} is not one of {', '.join(LR_SCHEDULES)}")
+
+    def configure_optimizers(self) -> Any:
+        """Adam with the task's hyper-parameters; a schedule only where one was asked for."""
+        h = self.hparams
+        kind = torch.optim.AdamW if h["weight_decay"] else torch.optim.Adam
+        optimizer = kind(
+            self.parameters(), lr=h["lr"], betas=tuple(h["betas"]), eps=h["eps"], weight_decay=h["weight_decay"]
+        )
+        if h["lr_schedule"] == "constant" and not h["warmup_steps"]:
+            return optimizer
+        total = int(self.trainer.estimated_stepping_batches) if h["lr_schedule"] != "constant" else 0
+        factor = schedule_factor(h["lr_schedule"], h["warmup_steps"], total)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

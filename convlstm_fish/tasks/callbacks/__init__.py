@@ -1,0 +1,22 @@
+"""Lightning callbacks shared by the tasks."""
+
+from convlstm_fish.tasks.callbacks.clip_figures import ClipFigures
+from convlstm_fish.tasks.callbacks.cuda_graphs import CudaGraphs
+from convlstm_fish.tasks.callbacks.frame_grids import FrameGrids
+from convlstm_fish.tasks.callbacks.graceful_stop import GracefulStop, StopRequested
+from convlstm_fish.tasks.callbacks.monitor import EpochLine, TrainingMonitor
+from convlstm_fish.tasks.callbacks.non_finite_guard import NonFiniteError, NonFiniteGuard
+from convlstm_fish.tasks.callbacks.step_seed import StepSeed
+
+__all__ = [
+    "ClipFigures",
+    "CudaGraphs",
+    "EpochLine",
+    "FrameGrids",
+    "GracefulStop",
+    "NonFiniteError",
+    "NonFiniteGuard",
+    "StepSeed",
+    "StopRequested",
+    "TrainingMonitor",
+]

@@ -1,0 +1,82 @@
+"""GracefulStop: a signal ends training after the current step, with a checkpoint to go on from."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
+
+
+class StopRequested(SystemExit):
+    """A signal ended the training. The exit code is 128 plus its number, as a shell has it.
+
+    It is 0 in every process but the first: Lightning kills all when one of them exits otherwise.
+    """
+
+
+class GracefulStop(pl.Callback):
+    """On SIGTERM, SIGUSR1 or Ctrl-C: finish the step, save ``last.ckpt``, leave; all processes together.
+
+    The file lies beside those of the Trainer's first ModelCheckpoint; without one nothing is saved.
+
+    Lightning's own handling saves nothing in one process, and hangs until the time-out in several. A second Ctrl-C
+    interrupts at once. A signal during validation waits for its end and one more step.
+    """
+
+    def __init__(self) -> None:
+        self._asked = 0
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Replace Lightning's handlers, which it has set just before."""
+        self._asked = 0
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python delivers signals to the main thread only
+        for name in _SIGNALS:
+            if hasattr(signal, name):
+                number = getattr(signal, name)
+                self._previous[number] = signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._asked:
+            raise KeyboardInterrupt
+        self._asked = number
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Leave here if any process was asked to, unless half-accumulated gradients would be lost."""
+        if trainer.fit_loop._should_accumulate():
+            return
+        asked = self._asked
+        if trainer.world_size > 1:
+            asked = int(trainer.strategy.reduce(torch.tensor(asked, device=pl_module.device), reduce_op="max"))
+        if not asked:
+            return
+        folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+        if folder is not None:
+            path = os.path.join(folder, "last.ckpt")
+            trainer.save_checkpoint(path)
+            _tell(trainer, f"stopped by {signal.Signals(asked).name}; go on with --ckpt_path {path}")
+        trainer._logger_connector.update_train_step_metrics()  # comes after this hook: this step's would be missing
+        # Setting should_stop instead would run a validation first and save another, later state.
+        raise StopRequested(128 + asked if trainer.is_global_zero else 0)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Put back the handlers that were there before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+
+def _tell(trainer: pl.Trainer, line: str) -> None:
+    if trainer.is_global_zero:
+        print(line, file=sys.stderr)
