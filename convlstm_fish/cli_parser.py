@@ -1,0 +1,280 @@
+"""What the command line is turned into before it is parsed: one order of precedence, one way to write each option.
+
+``main.py --n_gpus 2`` means ``main.py fit --config quickstart.yaml --n_gpus 2``; config files come before the options,
+so that an option beats a file wherever it stands; a run folder stands for its checkpoint and its config.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser
+from pytorch_lightning.cli import LightningArgumentParser
+
+from convlstm_fish.errors import UserError
+from convlstm_fish.tasks.checkpoint_io import check_checkpoint, load_checkpoint, newest_good
+
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+SWITCHES = ("--use_amp", "--tensorboard", "--test_after_fit")
+"""Options that may stand without a value."""
+FIT_ONLY = ("--weights", "--test_after_fit", "--save_every_minutes")
+"""Options that a config may hold for every subcommand, but that only ``fit`` looks at."""
+
+DEFAULT_CONFIG = "quickstart"
+CHECKPOINTS = "checkpoints"
+CONFIG = "config.yaml"
+_VERSION = re.compile(r"version_(\d+)$")
+
+
+def told_shortly(message: object) -> str:
+    """What jsonargparse says over many lines, in one: the option, what it expects, and what it got."""
+    whole = str(message)
+    keys = re.findall(r'Parser key "([^"]*)":', whole)
+    text, given = whole, None
+    if union := re.search(r"Errors:\n(.*?)\n\s*Given value type", whole, re.DOTALL):
+        reasons = re.split(r"(?:^|\n)\s*- ", union[1])
+        text = "; or ".join(r.strip() for r in reasons if r.strip() and "NoneType" not in r)
+        given = re.search(r"Given value: ([^\n]*)", whole)
+    text = re.sub(r'Parser key "[^"]*":', "", text)
+    text = re.sub(r"Problem with given class_path '(?:[^']*\.)?([^'.]*)':", r"\1:", text)
+    text = re.sub(r"[Ee]xpected an? ", "expected ", text)
+    text = re.sub(r"<class '(?:[\w.]*\.)?(\w*)'>", r"\1", text).replace("typing.", "")
+    text = re.sub(r"(^|\s)- ", r"\1", text)
+    if given and len(given[1]) < 80:
+        text = f"{text}. Got value: {given[1]}"
+    return " ".join(f"{keys[-1]}: {text}".split()) if keys else " ".join(text.split())
+
+
+class OneLineErrors:
+    """A parser that says what is wrong in one line, exits with 2, and guesses no abbreviations."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print ``message`` and exit."""
+        sys.stderr.write(f"error: {told_shortly(message)} (see --help)\n")
+        sys.exit(2)
+
+
+class TrainerParser(OneLineErrors, LightningArgumentParser):
+    """The parser of fit, validate, test and predict."""
+
+
+class CommandParser(OneLineErrors, ArgumentParser):
+    """The parser of the other commands."""
+
+
+# -- configs -----------------------------------------------------------------------------------------------------------
+
+
+def config_folder() -> Path:
+    """Where the shipped configs lie: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def shipped_configs() -> list[str]:
+    """Names of the configs that come with the package."""
+    return sorted(path.stem for path in config_folder().glob("*.yaml"))
+
+
+def find_config(name: str) -> str:
+    """A config file by path, or one of the shipped ones by name, with or without ``configs/`` and ``.yaml``.
+
+    Raises:
+        UserError: when there is no such file.
+    """
+    if Path(name).is_file():
+        return name
+    shipped = config_folder()
+    inner = name.removeprefix("configs/")
+    for candidate in (shipped / inner, shipped / f"{inner}.yaml"):
+        if candidate.is_file():
+            return str(candidate)
+    known = ", ".join(shipped_configs())
+    raise UserError(f"--config {name}: no such file, and no shipped config of that name ({known})")
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: not readable, not YAML, not a mapping.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not a YAML file ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(
+            f"--config {path}: must hold keys such as model, data and trainer, got {type(content).__name__}"
+        )
+    return content
+
+
+# -- run folders -------------------------------------------------------------------------------------------------------
+
+
+def versions(run_dir: Path) -> list[Path]:
+    """The runs below a folder that hold checkpoints, newest first."""
+    found = [(int(m[1]), p) for p in run_dir.glob("version_*") if (m := _VERSION.search(p.name))]
+    return [path for _, path in sorted(found, reverse=True) if any((path / CHECKPOINTS).glob("*.ckpt"))]
+
+
+def run_of(checkpoint: str | Path) -> Path | None:
+    """The run folder that a checkpoint lies in, if it lies in one."""
+    folder = Path(checkpoint).parent
+    folder = folder if folder.name else folder.resolve()
+    return folder.parent if folder.name == CHECKPOINTS and (folder.parent / CONFIG).is_file() else None
+
+
+def find_checkpoint(value: str, run_dir: Path, subcommand: str) -> Path:
+    """The file that ``--ckpt_path`` means.
+
+    Args:
+        value: a file; a run folder; "last", the newest good checkpoint of the newest run below ``run_dir``;
+            "best", that run's checkpoint of the lowest validation loss.
+        run_dir: where the runs of this experiment lie.
+        subcommand: of a run folder, ``fit`` takes the newest good checkpoint and the others take the best one.
+
+    Raises:
+        UserError: when there is none, or it is damaged.
+    """
+    if value in ("last", "best"):
+        runs = versions(run_dir)
+        if not runs:
+            raise UserError(
+                f"--ckpt_path {value}: no run with a checkpoint below {run_dir}; train first, or name a checkpoint"
+            )
+        folder, want_best = runs[0] / CHECKPOINTS, value == "best"
+    elif Path(value).is_dir():
+        run = Path(value)
+        inner = [run / CHECKPOINTS, *(v / CHECKPOINTS for v in versions(run)), run]
+        folder = next((f for f in inner if any(f.glob("*.ckpt"))), run)
+        want_best = subcommand != "fit"
+    else:
+        check_checkpoint(value)
+        return Path(value)
+    if want_best and (folder / "best.ckpt").is_file():
+        check_checkpoint(folder / "best.ckpt")
+        return folder / "best.ckpt"
+    found, problems = newest_good(folder)
+    for problem in problems:
+        print(f"passed over: {problem}", file=sys.stderr)
+    if found is None:
+        raise UserError(f"--ckpt_path {value}: no good checkpoint in {folder}")
+    return found
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def option(args: Sequence[str], *names: str) -> str | None:
+    """The last value of an option, written ``--x v`` or ``--x=v``; None where it is absent."""
+    value = None
+    for position, token in enumerate(args):
+        for name in names:
+            if token == name and position + 1 < len(args):
+                value = args[position + 1]
+            elif token.startswith(f"{name}="):
+                value = token.split("=", 1)[1]
+    return value
+
+
+def _take(args: Iterable[str], *names: str) -> tuple[list[str], list[str]]:
+    """The values of a repeatable option, and the other arguments."""
+    values, rest = [], []
+    tokens = iter(args)
+    for token in tokens:
+        name, equals, value = token.partition("=")
+        if name not in names:
+            rest.append(token)
+        elif equals:
+            values.append(value)
+        else:
+            following = next(tokens, None)
+            if following is None:
+                raise UserError(f"{token}: needs a value")
+            values.append(following)
+    return values, rest
+
+
+def _spell_out(args: Sequence[str]) -> list[str]:
+    """A switch without a value gets ``=true``."""
+    spelled = []
+    for position, token in enumerate(args):
+        alone = position + 1 == len(args) or args[position + 1].startswith("-")
+        spelled.append(f"{token}=true" if token in SWITCHES and alone else token)
+    return spelled
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for, in the one form that is parsed."""
+
+    subcommand: str
+    arguments: list[str]
+    """Config files first, so that every option beats them."""
+    run_dir: Path
+    """The folder below which the experiment's runs lie."""
+    checkpoint: Path | None
+
+
+def normalise(args: Sequence[str]) -> Request:
+    """Bring the arguments of fit, validate, test or predict into one form.
+
+    Without ``--config`` it is the config of the run that the checkpoint lies in, or the quick start; validate, test
+    and predict take the best checkpoint of the newest run where none is named. A checkpoint's hyper-parameters become
+    a config of their own, after the files and before the options.
+
+    Raises:
+        UserError: for an unknown command, config or checkpoint.
+    """
+    args = list(args)
+    subcommand = "fit"
+    if args and not args[0].startswith("-"):
+        subcommand = args.pop(0)
+        if subcommand not in TRAINER_COMMANDS:
+            raise UserError(f"{subcommand}: no such command (see --help)")
+    named, rest = _take(_spell_out(args), "--config", "-c")
+    for name in FIT_ONLY if subcommand != "fit" else ():
+        if option(rest, name) is not None:
+            raise UserError(f"{name}: is an option of fit, not of {subcommand}")
+    configs = [find_config(name) for name in named]
+    names_classes = option(rest, "--model", "--model.class_path", "--data", "--data.class_path") is not None
+    fallback = [] if names_classes else [find_config(DEFAULT_CONFIG)]
+    run_dir = _run_dir(rest, configs or fallback)
+
+    asked = option(rest, "--ckpt_path")
+    informs = any(a in ("-h", "--help") or a.startswith(("--print_", "--model.help", "--data.help")) for a in rest)
+    if asked is None and subcommand != "fit" and not informs:
+        asked = "best"
+    checkpoint = find_checkpoint(asked, run_dir, subcommand) if asked else None
+    if not configs:
+        source = checkpoint or option(rest, "--weights")
+        run = run_of(source) if source else None
+        configs = fallback if run is None else [str(run / CONFIG)]
+        if run is not None and option(rest, "--run_dir") is None:
+            run_dir = run.parent
+    arguments = [part for path in configs for part in ("--config", path)]
+    if checkpoint is not None and (known := load_checkpoint(checkpoint).get("hyper_parameters")):
+        arguments += ["--config", json.dumps({"model": {"init_args": known}})]
+    return Request(subcommand, arguments + rest, run_dir, checkpoint)
+
+
+def _run_dir(args: Sequence[str], configs: Sequence[str]) -> Path:
+    """``--run_dir``, or what a config says, or a folder with the last config's name."""
+    said = [option(args, "--run_dir"), *(read_config(path).get("run_dir") for path in reversed(configs))]
+    default = f"runs/{Path(configs[-1]).stem}" if configs else "runs/unnamed"
+    return Path(next((str(folder) for folder in said if folder), default))

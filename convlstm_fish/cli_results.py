@@ -1,0 +1,130 @@
+"""What test and predict leave in the run folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from convlstm_fish.data.modules import FishClips
+from convlstm_fish.evaluate import evaluate_recording, print_table, write_report
+from convlstm_fish.evaluate.report import write_text
+from convlstm_fish.tasks import ClipClassification
+
+
+def write_test(
+    task: pl.LightningModule,
+    datamodule: pl.LightningDataModule,
+    figures: Mapping[str, float],
+    folder: Path,
+    settings: dict[str, Any],
+) -> None:
+    """Print the table of a test, and write metrics.json and what else the task has.
+
+    A yes-or-no question about a recording gets the panel of baselines, report.html and predictions.csv; several
+    classes get predictions.csv.
+
+    Args:
+        task: after its test.
+        datamodule: that it was tested on.
+        figures: what the test logged.
+        folder: of the run.
+        settings: of the run, for the report.
+    """
+    if isinstance(task, ClipClassification):
+        said = task.predictions
+        fps = datamodule.fps if isinstance(datamodule, FishClips) else None
+        write_text(folder / "predictions.csv", predictions_csv(said["index"], said["probability"], fps, said["label"]))
+        if isinstance(datamodule, FishClips) and said["probability"].ndim == 1:
+            result = evaluate_recording(
+                datamodule.recording,
+                said["index"],
+                said["probability"],
+                label=datamodule.label,
+                horizon_seconds=datamodule.horizon_seconds,
+                clip_frames=datamodule.clip_frames,
+                threshold=datamodule.threshold,
+                name=folder.parent.name,
+            )
+            print_table(result)
+            write_text(folder / "metrics.json", result.to_json())
+            report = write_report(result, folder / "report.html", settings)
+            print(f"report: {report}")
+            return
+    table = Table("metric", "value")
+    for name, value in figures.items():
+        table.add_row(name, f"{value:.5g}")
+    Console().print(table)
+    write_text(folder / "metrics.json", json.dumps(dict(figures), indent=2) + "\n")
+
+
+def write_predictions(
+    trainer: pl.Trainer, datamodule: pl.LightningDataModule, parts: list[Any], folder: Path
+) -> Path | None:
+    """Gather what every process predicted, and write it in the first one.
+
+    Probabilities become predictions.csv; predicted frames predictions.npz, with ``index`` (K,) and ``frames``
+    (K, T', C, H, W), uint8.
+
+    Args:
+        trainer: after ``predict``.
+        datamodule: that was predicted.
+        parts: dicts with ``index`` and ``probability`` or ``frames``, one a batch.
+        folder: of the run.
+    """
+    if trainer.world_size > 1:
+        gathered: list[Any] = [None] * trainer.world_size
+        dist.all_gather_object(gathered, parts)
+        parts = [part for rank in gathered for part in rank]
+    if not trainer.is_global_zero:
+        return None
+    index = torch.cat([part["index"].cpu() for part in parts]).numpy()
+    order = np.argsort(index, kind="stable")
+    if "frames" in parts[0]:
+        path = folder / "predictions.npz"
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = folder / "predictions.npz.tmp"
+        with open(beside, "wb") as file:
+            np.savez(
+                file, index=index[order], frames=torch.cat([part["frames"].cpu() for part in parts]).numpy()[order]
+            )
+        os.replace(beside, path)
+        print(f"{len(index)} predicted sequences: {path}")
+        return path
+    probability = torch.cat([part["probability"].float().cpu() for part in parts]).numpy()
+    fps = datamodule.fps if isinstance(datamodule, FishClips) else None
+    path = folder / "predictions.csv"
+    write_text(path, predictions_csv(index[order], probability[order], fps))
+    print(f"{len(index)} predictions: {path}")
+    return path
+
+
+def predictions_csv(
+    index: npt.NDArray[Any], probability: npt.NDArray[Any], fps: float | None, label: npt.NDArray[Any] | None = None
+) -> str:
+    """One row a clip: its last frame, that frame's time, the probability (or one for each class), and the label."""
+    columns = ["frame"] + ([] if fps is None else ["time_s"])
+    many = probability.ndim == 2
+    columns += [f"probability_{k}" for k in range(probability.shape[1])] if many else ["probability"]
+    columns += [] if label is None else ["label"]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for row in range(len(index)):
+        values = np.atleast_1d(probability[row])
+        cells = [int(index[row])] + ([] if fps is None else [f"{index[row] / fps:.4f}"])
+        cells += [f"{value:.7g}" for value in values]
+        writer.writerow(cells + ([] if label is None else [int(label[row])]))
+    return text.getvalue()

@@ -1,0 +1,383 @@
+"""``ablate``: one base experiment, one factor changed at a time, seeds repeated, told in one table and one plot."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from convlstm_fish.errors import UserError
+from convlstm_fish.progress import progress
+
+HELP = "Run ablations: change one factor of a base experiment at a time, over several seeds."
+
+BASE_LEVEL = "base"
+RESULT = "metrics.json"
+
+# Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond the table the normal one.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One ablation file: a factor and the levels it takes, each a set of overrides of the base config."""
+
+    name: str
+    base: Path
+    levels: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass
+class Run:
+    """One training of one level with one seed; ``folder`` holds everything it writes."""
+
+    level: str
+    overrides: Mapping[str, Any]
+    base: Path
+    seed: int
+    folder: Path
+    metrics: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+
+    def result(self) -> Path | None:
+        """The newest result file that the run has written, or None while it is unfinished."""
+        found = sorted(self.folder.rglob(RESULT), key=lambda path: path.stat().st_mtime)
+        return found[-1] if found else None
+
+
+def read_factor(path: str | Path) -> Factor:
+    """Read one ablation file.
+
+    Args:
+        path: YAML with ``factor`` (its name), ``base`` (the base config, relative to this file) and ``levels``
+            (name of the level -> dotted option -> value; an empty level is the base experiment itself).
+
+    Raises:
+        UserError: the file is missing, not YAML, or lacks one of the three.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not a YAML file ({error})") from None
+    if not isinstance(content, dict) or set(content) != {"factor", "base", "levels"}:
+        has = sorted(content) if isinstance(content, dict) else type(content).__name__
+        raise UserError(f"--config {path}: an ablation file holds exactly the keys base, factor and levels, got {has}")
+    levels = content["levels"]
+    if not isinstance(levels, dict) or not levels:
+        raise UserError(f"--config {path}: levels must map names to overrides, got {levels!r}")
+    for name, overrides in levels.items():
+        if not isinstance(overrides, dict):
+            raise UserError(
+                f"--config {path}: level {name!r} must map options such as model.lr to values, got {overrides!r}"
+            )
+    base = (path.parent / str(content["base"])).resolve()
+    if not base.is_file():
+        raise UserError(f"--config {path}: its base config {base} does not exist")
+    return Factor(str(content["factor"]), base, {str(name): dict(overrides) for name, overrides in levels.items()})
+
+
+def _slug(text: str) -> str:
+    return "".join(c if c.isalnum() or c in ".-+" else "_" for c in text).strip("_") or "level"
+
+
+def plan_runs(factors: Sequence[Factor], out: Path, seeds: Sequence[int]) -> dict[tuple[str, str, int], Run]:
+    """Every run that the factors ask for, by (factor, level, seed). Levels without overrides share the base's runs."""
+    plan: dict[tuple[str, str, int], Run] = {}
+    shared: dict[tuple[str, str, int], Run] = {}
+    for factor in factors:
+        for level, overrides in factor.levels.items():
+            for seed in seeds:
+                key = (str(factor.base), json.dumps(overrides, sort_keys=True), seed)
+                if key not in shared:
+                    place = f"{_slug(factor.name)}/{_slug(level)}" if overrides else BASE_LEVEL
+                    folder = out / "runs" / factor.base.stem / place / f"seed_{seed}"
+                    shared[key] = Run(level, overrides, factor.base, seed, folder)
+                plan[factor.name, level, seed] = shared[key]
+    return plan
+
+
+def run_command(run: Run, extra: Sequence[str]) -> list[str]:
+    """The command line of one run: the ordinary ``fit`` of this package, then its test."""
+    command = [sys.executable, "-m", "convlstm_fish", "fit", "--config", str(run.base)]
+    command += [f"--{name}={json.dumps(value)}" for name, value in run.overrides.items()]
+    command += [f"--seed_everything={run.seed}", f"--run_dir={run.folder}", "--test_after_fit=true", *extra]
+    if any(run.folder.rglob("*.ckpt")):
+        command.append("--ckpt_path=last")  # a run that was stopped goes on where it was
+    return command
+
+
+def _execute(run: Run, extra: Sequence[str], devices: Sequence[str], slot: int) -> Run:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ)
+    if devices:
+        environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
+    started = time.monotonic()
+    with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
+        done = subprocess.run(
+            run_command(run, extra), stdout=log, stderr=subprocess.STDOUT, env=environment, check=False
+        )
+    seconds = time.monotonic() - started
+    if done.returncode or run.result() is None:
+        lines = (run.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        run.error = f"exit code {done.returncode}: {lines[-1].strip() if lines else 'it printed nothing'}"
+    else:
+        (run.folder / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
+    return run
+
+
+def execute(runs: Sequence[Run], extra: Sequence[str], jobs: int, devices: Sequence[str]) -> None:
+    """Train what is not finished yet, ``jobs`` runs at a time, spread over the CUDA ``devices`` if there are any.
+
+    A run that fails does not stop the others; its ``error`` tells why.
+    """
+    waiting = [run for run in runs if run.result() is None]
+    # The first run alone makes whatever data does not exist yet; the others find it.
+    first, rest = (waiting[:1], waiting[1:]) if jobs > 1 else ([], waiting)
+    with progress() as bar, ThreadPoolExecutor(jobs) as pool:
+        task = bar.add_task("Ablation runs", total=len(runs), completed=len(runs) - len(waiting))
+        for run in first:
+            _execute(run, extra, devices, 0)
+            bar.advance(task)
+        futures = [pool.submit(_execute, run, extra, devices, number) for number, run in enumerate(rest)]
+        try:
+            for _ in as_completed(futures):
+                bar.advance(task)
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+
+@dataclass(frozen=True)
+class Row:
+    """One level of one factor over its seeds. ``delta`` is the paired difference from the base level, seed by seed."""
+
+    factor: str
+    level: str
+    seeds: int
+    auc: float
+    auc_sd: float
+    average_precision: float
+    delta: float
+    delta_half_width: float
+    seconds: float
+
+
+def model_metrics(path: Path) -> dict[str, Any]:
+    """AUC and average precision of the trained model from the result file of a test."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return dict(content["rows"][0])
+
+
+def summarise(plan: Mapping[tuple[str, str, int], Run]) -> list[Row]:
+    """The table: for each level the mean over seeds, and the paired difference from the base with a 95 % t interval."""
+    for run in plan.values():
+        path = run.result()
+        if path is not None and not run.metrics:
+            run.metrics = model_metrics(path)
+            seconds = run.folder / "seconds.json"
+            if seconds.is_file():
+                run.metrics["seconds"] = json.loads(seconds.read_text(encoding="utf-8"))
+    rows = []
+    groups: dict[tuple[str, str], dict[int, Run]] = {}
+    for (factor, level, seed), run in plan.items():
+        if run.metrics:
+            groups.setdefault((factor, level), {})[seed] = run
+    for (factor, level), by_seed in groups.items():
+        base = {
+            seed: run for (name, _, seed), run in plan.items() if name == factor and not run.overrides and run.metrics
+        }
+        aucs = [float(run.metrics["auc"]) for run in by_seed.values()]
+        deltas = [
+            float(by_seed[seed].metrics["auc"]) - float(base[seed].metrics["auc"]) for seed in by_seed if seed in base
+        ]
+        rows.append(
+            Row(
+                factor=factor,
+                level=level,
+                seeds=len(aucs),
+                auc=statistics.fmean(aucs),
+                auc_sd=statistics.stdev(aucs) if len(aucs) > 1 else math.nan,
+                average_precision=statistics.fmean(float(run.metrics["average_precision"]) for run in by_seed.values()),
+                delta=statistics.fmean(deltas) if deltas else math.nan,
+                delta_half_width=_half_width(deltas),
+                seconds=statistics.fmean(float(run.metrics.get("seconds", math.nan)) for run in by_seed.values()),
+            )
+        )
+    return rows
+
+
+def _half_width(values: Sequence[float]) -> float:
+    if len(values) < 2:
+        return math.nan
+    freedom = len(values) - 1
+    quantile = _T95[freedom - 1] if freedom <= len(_T95) else 1.96
+    return quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _cells(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
+    def number(value: float, digits: int = 3) -> str:
+        return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+    for row in rows:
+        delta = "-" if math.isnan(row.delta) else f"{row.delta:+.3f}"
+        if not math.isnan(row.delta_half_width):
+            delta += f" ± {row.delta_half_width:.3f}"
+        yield (
+            row.factor,
+            row.level,
+            str(row.seeds),
+            f"{number(row.auc)} ± {number(row.auc_sd)}" if row.seeds > 1 else number(row.auc),
+            delta,
+            number(row.average_precision),
+            number(row.seconds, 0),
+        )
+
+
+HEADER = (
+    "factor",
+    "level",
+    "seeds",
+    "test AUC ± sd",
+    "against base (95 %)",
+    "average precision",
+    "s per run",
+)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table in Markdown."""
+    lines = ["| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)]
+    lines += ["| " + " | ".join(cells) + " |" for cells in _cells(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def write_plot(rows: Sequence[Row], path: Path) -> None:
+    """One panel a factor: test AUC of each level with its standard deviation, in one self-contained HTML file."""
+    from plotly.graph_objects import Scatter
+    from plotly.subplots import make_subplots
+
+    factors = list(dict.fromkeys(row.factor for row in rows))
+    figure = make_subplots(rows=1, cols=len(factors), shared_yaxes=True, subplot_titles=factors)
+    for column, factor in enumerate(factors, start=1):
+        mine = [row for row in rows if row.factor == factor]
+        spread = [0.0 if math.isnan(row.auc_sd) else row.auc_sd for row in mine]
+        points = Scatter(
+            x=[row.level for row in mine],
+            y=[row.auc for row in mine],
+            error_y={"type": "data", "array": spread},
+            mode="markers",
+            marker={"size": 9},
+            name=factor,
+        )
+        figure.add_trace(points, row=1, col=column)
+    figure.update_yaxes(title_text="test AUC (mean ± sd over seeds)", row=1, col=1)
+    figure.update_layout(showlegend=False, title="Ablations: one factor changed at a time")
+    _write(path, figure.to_html(include_plotlyjs=True, full_html=True))
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def ablate(
+    configs: Sequence[str | Path],
+    out: str | Path,
+    seeds: Sequence[int] = (0, 1, 2),
+    jobs: int = 1,
+    extra: Sequence[str] = (),
+) -> list[Row]:
+    """Run the ablations of ``configs`` and write ``ablation.md``, ``ablation.json`` and ``ablation.html`` to ``out``.
+
+    A run whose result is there already is not repeated, and one that was stopped goes on from its last checkpoint, so
+    the same call after an interruption finishes the work.
+
+    Args:
+        configs: ablation files, see :func:`read_factor`.
+        out: folder of the runs and the table.
+        seeds: one run of every level for each.
+        jobs: runs at a time; several CUDA GPUs are shared out among them.
+        extra: options added to every run's ``fit``.
+
+    Returns:
+        One row for each level of each factor.
+
+    Raises:
+        UserError: an ablation file that cannot be used, or runs that failed (the others are finished and told).
+    """
+    import torch
+
+    if jobs < 1:
+        raise UserError(f"--jobs must be at least 1, got {jobs}")
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UserError(f"--seeds must be different numbers, got {list(seeds)}")
+    factors = [read_factor(path) for path in configs]
+    names = [factor.name for factor in factors]
+    if len(set(names)) != len(names):
+        raise UserError(f"--config: two files tell of the same factor, {sorted(names)}")
+    folder = Path(out)
+    plan = plan_runs(factors, folder, seeds)
+    unique = list({id(run): run for run in plan.values()}.values())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(k) for k in range(torch.cuda.device_count())]
+    execute(unique, extra, jobs, devices)
+    rows = summarise(plan)
+    if rows:
+        _write(folder / "ablation.md", markdown(rows))
+        _write(folder / "ablation.json", json.dumps([vars(row) for row in rows], indent=1))
+        write_plot(rows, folder / "ablation.html")
+    failed = [run for run in unique if run.error]
+    if failed:
+        first = failed[0]
+        raise UserError(
+            f"{len(failed)} of {len(unique)} runs failed; the first, {first.folder}, ended with {first.error} "
+            f"(its whole output is in log.txt there; run the same command again to try them again)"
+        )
+    return rows
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument(
+        "--config", nargs="+", required=True, metavar="FILE", help="ablation files (configs/ablations/*.yaml)"
+    )
+    parser.add_argument("--out", default="runs/ablations", help="folder of the runs, the table and the plot")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run of every level for each")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument(
+        "--fit",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="option added to every run, as --fit=--n_gpus=1",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command and print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = ablate(args.config, args.out, args.seeds, args.jobs, args.fit)
+    table = Table(*HEADER, title="Ablations")
+    for cells in _cells(rows):
+        table.add_row(*cells)
+    Console().print(table)
+    Console().print(f"Table, numbers and plot: {args.out}/ablation.md, .json, .html", soft_wrap=True)

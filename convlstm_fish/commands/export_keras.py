@@ -1,0 +1,71 @@
+"""``export-keras``: a trained clip classifier as a file that Keras loads."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from pathlib import Path
+
+from convlstm_fish.errors import UserError
+from convlstm_fish.models import ClipClassifier
+
+HELP = "Turn a checkpoint of ClipClassification into Keras weights or a Keras model."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("checkpoint", help="a .ckpt file")
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="ending in .weights.h5 (weights) or .keras (model)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+    parser.add_argument(
+        "--clip_shape",
+        type=int,
+        nargs=3,
+        default=[30, 120, 160],
+        metavar=("T", "H", "W"),
+        help="steps, height and width of the clips that a .keras model takes",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    out = Path(args.out)
+    if out.exists() and not args.overwrite:
+        raise UserError(f"--out {out}: exists already; --overwrite replaces it")
+    network = load_classifier(args.checkpoint)
+    from convlstm_fish.interop.keras_export import export_keras
+
+    path = export_keras(network, out, args.clip_shape)
+    print(f"{path}: {sum(value.numel() for value in network.parameters()):,} weights")
+    if path.suffix == ".h5":
+        print("to load them: convlstm_fish.interop.keras_export.build_keras_model(network).load_weights(path)")
+    elif network.layers[0].cells[0].recurrent_activation == "hard_sigmoid":  # type: ignore[union-attr, index]
+        print(
+            "Keras 3 has no such hard sigmoid: import convlstm_fish.interop.keras_export before keras.saving.load_model"
+        )
+
+
+def load_classifier(path: str | Path) -> ClipClassifier:
+    """The network in a checkpoint of :class:`~convlstm_fish.tasks.ClipClassification`, in eval mode.
+
+    Raises:
+        UserError: if the file is not one or is damaged; nothing in it is run.
+    """
+    from convlstm_fish.tasks.checkpoint_io import load_checkpoint
+
+    checkpoint = load_checkpoint(path)
+    known = set(inspect.signature(ClipClassifier).parameters)
+    told = {name: value for name, value in checkpoint.get("hyper_parameters", {}).items() if name in known}
+    prefix = "network."
+    state = {
+        name.removeprefix(prefix): value for name, value in checkpoint["state_dict"].items() if name.startswith(prefix)
+    }
+    try:
+        network = ClipClassifier(**told)
+        network.load_state_dict(state)
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path}: is not a checkpoint of ClipClassification ({reason})") from error
+    return network.eval()

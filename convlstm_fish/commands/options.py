@@ -1,0 +1,43 @@
+"""Option values that are more than one number: read from text, refused in one line that names the option."""
+
+from __future__ import annotations
+
+from convlstm_fish.errors import UserError
+
+
+def numbers(option: str, text: str | None) -> list[float] | None:
+    """Numbers separated by commas or spaces; None where the option is absent."""
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise UserError(f"{option}: {text!r} is not a list of numbers, such as 0.8,0.1,0.1") from None
+
+
+def rectangle(option: str, text: str | None) -> tuple[int, int, int, int] | None:
+    """``x,y,width,height`` as four whole numbers; None where the option is absent."""
+    if text is None:
+        return None
+    try:
+        x, y, width, height = (int(part) for part in text.replace(",", " ").split())
+    except ValueError:
+        raise UserError(f"{option}: {text!r} is not x,y,width,height, such as 0,0,640,480") from None
+    return x, y, width, height
+
+
+def frame_size(option: str, text: str) -> tuple[int, int]:
+    """``HxW`` as (height, width)."""
+    try:
+        height, width = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise UserError(f"{option}: {text!r} is not HEIGHTxWIDTH, such as 240x320") from None
+    return height, width
+
+
+def number_or_word(text: str) -> float | str:
+    """A number where it is one."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
