@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 
 import pytest
@@ -53,3 +55,15 @@ def test_config(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sma
     run = tmp_path / "runs" / path.stem / "version_0"
     assert (run / "checkpoints" / "best.ckpt").is_file()
     assert (run / "checkpoints" / "last.ckpt").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_quick_start_learns_within_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    started = time.monotonic()
+    assert main(["--n_gpus=0"]) == 0
+    assert time.monotonic() - started < 300
+    (metrics,) = tmp_path.rglob("metrics.json")
+    (row,) = [row for row in json.loads(metrics.read_text())["rows"] if row["name"] == "quickstart"]
+    assert row["auc"] > 0.75
