@@ -22,9 +22,9 @@ from convlstm_fish.errors import UserError
 from convlstm_fish.tasks.checkpoint_io import check_checkpoint, load_checkpoint, newest_good
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-SWITCHES = ("--use_amp", "--tensorboard", "--test_after_fit")
+SWITCHES = ("--use_amp", "--tensorboard", "--test_after_fit", "--cuda_graphs")
 """Options that may stand without a value."""
-FIT_ONLY = ("--weights", "--test_after_fit", "--save_every_minutes")
+FIT_ONLY = ("--weights", "--test_after_fit", "--save_every_minutes", "--cuda_graphs")
 """Options that a config may hold for every subcommand, but that only ``fit`` looks at."""
 
 DEFAULT_CONFIG = "quickstart"

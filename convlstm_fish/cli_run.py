@@ -37,6 +37,7 @@ from convlstm_fish.errors import UserError
 from convlstm_fish.tasks import ClipClassification
 from convlstm_fish.tasks.callbacks import (
     ClipFigures,
+    CudaGraphs,
     EpochLine,
     GracefulStop,
     NonFiniteGuard,
@@ -122,6 +123,12 @@ class FishCLI(LightningCLI):
             default=10.0,
             help="fit: renew last.ckpt this often, besides after each epoch",
         )
+        parser.add_argument(
+            "--cuda_graphs",
+            type=bool,
+            default=True,
+            help="fit: on a GPU, replay forward and backward as CUDA graphs; takes more memory, and less time",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; LightningCLI would warn that a program may have arguments of its own."""
@@ -149,7 +156,8 @@ class FishCLI(LightningCLI):
             config.data.init_args.seed = int(config.seed_everything)
         if config.weights:
             self.saved, self.source = load_checkpoint(config.weights), Path(config.weights)
-        self.short = {name: config[name] for name in ("tensorboard", "test_after_fit", "save_every_minutes")}
+        told = ("tensorboard", "test_after_fit", "save_every_minutes", "cuda_graphs")
+        self.short = {name: config[name] for name in told}
         config.n_gpus = config.use_amp = config.batch_size = config.weights = config.ckpt_path = None
         config.tensorboard = False
         config.run_dir = str(self.run_dir)
@@ -218,6 +226,8 @@ class FishCLI(LightningCLI):
         callbacks += [StepSeed(seed), NonFiniteGuard(), GracefulStop(), TrainingMonitor(), EpochLine()]
         if isinstance(self.model, ClipClassification):
             callbacks.append(ClipFigures())
+        if self.short["cuda_graphs"]:
+            callbacks.append(CudaGraphs())
         if trainer["enable_checkpointing"] is not False:
             plain: dict[str, Any] = {"enable_version_counter": False, "auto_insert_metric_name": False}
             interval = timedelta(minutes=float(self.short["save_every_minutes"]))

@@ -7,10 +7,19 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
-from convlstm_fish.tasks import ClipClassification
-from convlstm_fish.tasks.callbacks.cuda_graphs import CudaGraphs
+from convlstm_fish.tasks import ClipClassification, FramePrediction
+from convlstm_fish.tasks.callbacks import StepSeed
+from convlstm_fish.tasks.callbacks.cuda_graphs import CudaGraphs, GraphedForward
+
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 def fit(callbacks: list[pl.Callback], accelerator: str, **options: Any) -> ClipClassification:
@@ -26,8 +35,7 @@ def fit(callbacks: list[pl.Callback], accelerator: str, **options: Any) -> ClipC
         }
         for k, n in enumerate(sizes)
     ]
-    settings: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    settings |= {"enable_model_summary": False, "accelerator": accelerator, "devices": 1, "max_epochs": 3}
+    settings = QUIET | {"accelerator": accelerator, "devices": 1, "max_epochs": 3}
     loader: DataLoader[Any] = DataLoader(data, batch_size=None)  # type: ignore[arg-type]
     pl.Trainer(callbacks=callbacks, **settings, **options).fit(task, loader, loader)
     return task
@@ -39,19 +47,85 @@ def test_on_a_cpu_it_does_nothing() -> None:
         assert torch.equal(ours, theirs)
 
 
+class Look(pl.Callback):
+    """Notes after which batches a graph was there."""
+
+    def __init__(self, graphs: CudaGraphs) -> None:
+        self.graphs, self.used = graphs, list[bool]()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.used.append(self.graphs._forward is not None and self.graphs._forward.graphed is not None)
+
+
+def compare(ours: pl.LightningModule, theirs: pl.LightningModule) -> None:
+    for (name, one), other in zip(ours.state_dict().items(), theirs.state_dict().values()):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6, msg=name)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-def test_same_weights_as_without(precision: str) -> None:
-    options = {"precision": precision, "gradient_clip_val": 0.5}
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "32-true"},
+        {"precision": "bf16-mixed"},
+        {"precision": "16-mixed"},
+        {"precision": "32-true", "accumulate_grad_batches": 2},
+    ],
+)
+def test_same_weights_as_without(options: dict[str, Any]) -> None:
+    options = {"gradient_clip_val": 0.5} | options
     graphs = CudaGraphs()
-    used: list[bool] = []
-
-    class Look(pl.Callback):
-        def on_train_batch_end(self, *args: Any) -> None:
-            used.append(graphs._forward is not None and graphs._forward.graphed is not None)
-
-    task, plain = fit([graphs, Look()], "gpu", **options), fit([], "gpu", **options)
-    assert used.count(True) > 15
+    look = Look(graphs)
+    task, plain = fit([graphs, look], "gpu", **options), fit([], "gpu", **options)
+    assert look.used.count(True) > 15
     assert "forward" not in vars(task.network)
-    for (name, ours), theirs in zip(task.state_dict().items(), plain.state_dict().values()):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=name)
+    compare(task, plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"architecture": "encoder_decoder", "hidden_channels": 8},
+        {
+            "architecture": "stacked",
+            "hidden_channels": [8, 8],
+            "loss_on_context": True,
+            "sampling_start": 1.0,
+            "sampling_steps": 20,
+        },
+    ],
+)
+def test_frame_prediction_with_scheduled_sampling_too(options: dict[str, Any]) -> None:
+    rng = torch.Generator().manual_seed(2)
+    data = [{"video": torch.rand(3, 4, 1, 16, 16, generator=rng), "future": torch.rand(3, 3, 1, 16, 16, generator=rng)}]
+    data *= 12
+    graphs = CudaGraphs()
+    look = Look(graphs)
+    tasks = []
+    for callbacks in ([graphs, look, StepSeed(3)], [StepSeed(3)]):
+        pl.seed_everything(4, verbose=False)
+        tasks.append(FramePrediction(lr=1e-3, **options))
+        settings = QUIET | {"accelerator": "gpu", "devices": 1, "max_epochs": 1, "callbacks": callbacks}
+        loader: DataLoader[Any] = DataLoader(data, batch_size=None)  # type: ignore[arg-type]
+        pl.Trainer(**settings).fit(tasks[-1], loader)
+    assert look.used.count(True) == 9
+    compare(*tasks)
+
+
+@pytest.mark.gpu
+def test_a_network_that_waits_for_the_gpu_trains_without(caplog: pytest.LogCaptureFixture) -> None:
+    class Waits(nn.Linear):
+        def forward(self, video: torch.Tensor) -> torch.Tensor:
+            return super().forward(video) * float(video.amax())
+
+    network = Waits(4, 2).cuda()
+    graphed = GraphedForward(network)
+    video = torch.rand(3, 4, device="cuda")
+    for _ in range(6):
+        result = graphed(video)
+        result.sum().backward()
+    torch.testing.assert_close(result, network(video))
+    assert graphed.refused
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "goes on without CUDA graphs" in caplog.text

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import inspect
+import logging
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,80 +13,113 @@ from torch import Tensor, nn
 
 # Steps before a shape is captured: kernels compile and choose their algorithms in them.
 WARM_UP = 3
+# Arguments whose values the host looks at, which a graph cannot repeat.
+_READ_BY_HOST = frozenset({"lengths"})
+
+_log = logging.getLogger(__name__)
 
 
 class _Body(nn.Module):
-    """A network under another ``forward``, so that capturing leaves the network's own untouched."""
+    """A network as a function of tensors alone; capturing it leaves the network's own ``forward`` untouched."""
 
-    def __init__(self, network: nn.Module, forward: Callable[..., Tensor]) -> None:
+    def __init__(
+        self, network: nn.Module, forward: Callable[..., Tensor], names: list[str], rest: Mapping[str, Any]
+    ) -> None:
         super().__init__()
         self.network = network
-        self._run = forward
+        self._run, self._names, self._rest = forward, names, rest
         self.train(network.training)
 
-    def forward(self, video: Tensor) -> Tensor:
-        return self._run(video)
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return self._run(**dict(zip(self._names, tensors)), **self._rest)
 
 
 class GraphedForward:
     """Stands in for the ``forward`` of a network and replays a CUDA graph where it can.
 
-    One shape is captured, the first that comes :data:`WARM_UP` times in a row; every other call (the last, short batch
-    of an epoch, validation, clips of several lengths) runs as before. Parameters, gradients and buffers are the
-    network's own, so optimizers, gradient clipping, gradient scaling and DDP see no difference.
+    One call is captured, the first whose tensors have the same shapes, and whose other arguments the same values,
+    :data:`WARM_UP` times in a row; every other call (the last, short batch of an epoch, validation, clips of several
+    lengths) runs as before. Parameters and buffers are the network's own, so optimizers, gradient clipping, gradient
+    scaling and DDP see no difference. A network that cannot be captured, because it waits for the GPU on its way,
+    goes on without, and a warning says why.
 
     Args:
-        network: takes a video (N, T, C, H, W) on a GPU.
+        network: takes tensors on a GPU, and plain values, and returns one tensor.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.eager: Callable[..., Tensor] = network.forward
+        self.signature = inspect.signature(self.eager)
         self.key: Hashable = None
         self.count = 0
-        self.graphed: Callable[[Tensor], Tensor] | None = None
+        self.graphed: Callable[..., Tensor] | None = None
+        self.refused = False
 
-    def __call__(self, video: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        plain = all(value is None for value in (*args, *kwargs.values()))
-        if not (plain and self.network.training and torch.is_grad_enabled() and video.is_cuda):
-            return self.eager(video, *args, **kwargs)
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        key = (tuple(video.shape), video.dtype, video.device, dtype)
-        if self.graphed is not None:
-            if key == self.key:
-                # The graph's output is overwritten by the next replay; a caller may keep it.
-                return self.graphed(video).clone()
-            return self.eager(video)
-        self.key, self.count = key, self.count + 1 if key == self.key else 1
-        if self.count <= WARM_UP:
-            return self.eager(video)
-        self.graphed = self._capture(video)
-        return self.graphed(video).clone()
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        arguments = self.signature.bind(*args, **kwargs).arguments
+        tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+        rest = {name: value for name, value in arguments.items() if name not in tensors}
+        if not self._can_capture(tensors, rest):
+            return self.eager(*args, **kwargs)
+        key = (
+            tuple((name, tuple(t.shape), t.dtype, t.device) for name, t in tensors.items()),
+            tuple(rest.items()),
+            torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None,
+        )
+        if self.graphed is None:
+            self.key, self.count = key, self.count + 1 if key == self.key else 1
+            if self.count <= WARM_UP:
+                return self.eager(*args, **kwargs)
+            self._capture(tensors, rest)
+        if self.graphed is None or key != self.key:
+            return self.eager(*args, **kwargs)
+        # The graph's output is overwritten by the next replay; a caller may keep it.
+        return self.graphed(*tensors.values()).clone()
 
-    def _capture(self, video: Tensor) -> Callable[[Tensor], Tensor]:
-        body = _Body(self.network, self.eager)
-        # Capturing runs the network; batch norm must not count those runs.
+    def _can_capture(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> bool:
+        return (
+            not self.refused
+            and self.network.training
+            and torch.is_grad_enabled()
+            and bool(tensors)
+            and all(t.is_cuda and not t.requires_grad for t in tensors.values())
+            and _READ_BY_HOST.isdisjoint(tensors)
+            and all(value is None or isinstance(value, bool | int | float | str) for value in rest.values())
+        )
+
+    def _capture(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+        body = _Body(self.network, self.eager, list(tensors), rest)
+        device = next(iter(tensors.values())).device
+        # Capturing runs the network; batch norm must not count those runs, nor dropout draw for them.
         before = [buffer.detach().clone() for buffer in self.network.buffers()]
-        random = torch.cuda.get_rng_state(video.device)
-        graphed: Any = torch.cuda.make_graphed_callables(body, (video.detach().clone(),))
-        with torch.no_grad():
-            for buffer, value in zip(self.network.buffers(), before):
-                buffer.copy_(value)
-        torch.cuda.set_rng_state(random, video.device)
-        replay: Callable[[Tensor], Tensor] = graphed
-        return replay
+        random = torch.cuda.get_rng_state(device)
+        try:
+            graphed: Any = torch.cuda.make_graphed_callables(body, tuple(t.clone() for t in tensors.values()))
+            self.graphed = graphed
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.refused = True
+            torch.cuda.synchronize(device)
+            _log.warning("training goes on without CUDA graphs: %s", str(error).splitlines()[0])
+        finally:
+            with torch.no_grad():
+                for buffer, value in zip(self.network.buffers(), before):
+                    buffer.copy_(value)
+            torch.cuda.set_rng_state(random, device)
 
 
 class CudaGraphs(pl.Callback):
     """Trains with the network's forward and backward captured as CUDA graphs.
 
-    Does nothing on a CPU. It needs a task whose ``network`` takes a video and gives one tensor. The result is the
-    same, bit for bit; what is saved is the time in which the processor launches kernels, which is most of a
-    step at small batches.
+    Does nothing on a CPU. It needs a task whose ``network`` returns one tensor. The result is the same; what is saved
+    is the time in which the processor launches kernels, which is most of a step at small batches.
     """
 
     def __init__(self) -> None:
         self._forward: GraphedForward | None = None
+        self._hooks: list[Any] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the graphed forward in place."""
@@ -93,8 +128,17 @@ class CudaGraphs(pl.Callback):
             self._forward = GraphedForward(network)
             network.forward = self._forward
 
+            def own(gradient: Tensor) -> Tensor | None:
+                # A replay writes where the one before did; where gradients add up over batches that may be .grad.
+                return gradient.clone() if trainer.accumulate_grad_batches > 1 else None
+
+            self._hooks = [p.register_hook(own) for p in network.parameters() if p.requires_grad]
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take it away again; the memory of the graphs is free."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
         if self._forward is not None:
             del self._forward.network.forward  # the class's own is back
             self._forward = None
