@@ -40,7 +40,9 @@ class Ours(nn.Module):
         return output[:, -1] if last_only else output
 
 
-def run(args: argparse.Namespace, batch: int, steps: int, size: tuple[int, int], names: list[str]) -> dict[str, Any]:
+def run(
+    args: argparse.Namespace, batch: int, steps: int, size: tuple[int, int], hidden: tuple[int, ...], names: list[str]
+) -> dict[str, Any]:
     """Rows of the named entries at one size."""
     entries: dict[str, Callable[[int, int], nn.Module]] = {
         OURS: lambda a, b: Ours(a, b, args.kernel, args.backend)
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace, batch: int, steps: int, size: tuple[int, int],
     video = torch.rand(batch, steps, args.channels, *size, device=args.device)
     rows = {}
     for name in names:
-        network = Stack(entries[name], args.channels, tuple(args.hidden)).to(args.device)
+        network = Stack(entries[name], args.channels, hidden).to(args.device)
         cuda = torch.device(args.device).type == "cuda"
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, capturable=cuda, fused=cuda)
 
@@ -81,33 +83,36 @@ def main() -> None:
     options.add_argument("--hidden", type=int, nargs="+")
     options.add_argument("--kernel", type=int)
     options.add_argument("--backend", default="auto")
-    options.add_argument("--scaling", action="store_true", help="ours alone, at 1, 2 and 4 times the batch, T and area")
+    options.add_argument(
+        "--scaling",
+        action="store_true",
+        help="ours alone, with 2 and 4 times the batch, T and area, and twice the channels",
+    )
     args = options.parse_args()
     for key, value in PRESETS[args.preset].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    size = tuple(args.size)
+    size, hidden = tuple(args.size), tuple(args.hidden)
     if not args.scaling:
         names = wanted([OURS, *makers(args.kernel, "same", args.peer)], args)
-        rows = run(args, args.batch, args.steps, size, names)
-        best = against_best(rows, OURS)
-        if best:
-            print(f"{best:.2f} times the best competitor")
-        report(f"layer_step_{args.preset}_{args.batch}_{args.dtype}", rows, args, against_best_competitor=best)
+        rows = run(args, args.batch, args.steps, size, hidden, names)
+        report(f"layer_step_{args.preset}_{args.batch}_{args.dtype}", rows, args, **against_best(rows, OURS))
         return
     rows = {}
-    for title, batch, steps, (height, width) in (
-        ("as given", 1, 1, (1, 1)),
-        ("batch x 2", 2, 1, (1, 1)),
-        ("batch x 4", 4, 1, (1, 1)),
-        ("T x 2", 1, 2, (1, 1)),
-        ("T x 4", 1, 4, (1, 1)),
-        ("area x 2", 1, 1, (1, 2)),
-        ("area x 4", 1, 1, (2, 2)),
+    for title, batch, steps, (height, width), wide in (
+        ("as given", 1, 1, (1, 1), 1),
+        ("batch x 2", 2, 1, (1, 1), 1),
+        ("batch x 4", 4, 1, (1, 1), 1),
+        ("T x 2", 1, 2, (1, 1), 1),
+        ("T x 4", 1, 4, (1, 1), 1),
+        ("area x 2", 1, 1, (1, 2), 1),
+        ("area x 4", 1, 1, (2, 2), 1),
+        ("channels x 2", 1, 1, (1, 1), 2),
     ):
         large = (size[0] * height, size[1] * width)
-        row = run(args, args.batch * batch, args.steps * steps, large, [OURS])[OURS]
-        work = batch * steps * height * width
+        widths = tuple(width * wide for width in hidden)
+        row = run(args, args.batch * batch, args.steps * steps, large, widths, [OURS])[OURS]
+        work = batch * steps * height * width * wide**2
         first = rows.get("as given", row)
         row["ms_per_work"] = row.get("graph_ms", row["ms"]) / work
         row["over_linear"] = row["ms_per_work"] / first.get("ms_per_work", row["ms_per_work"])

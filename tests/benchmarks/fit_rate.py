@@ -1,0 +1,66 @@
+"""``python main.py fit`` as users run it: clips a second of an epoch, against the bare training step and over GPUs.
+
+The published epoch, 179,456 clips, on a recording of 25 simulated minutes; and two GPUs against one:
+
+    python tests/benchmarks/fit_rate.py --config fish_serenity --batch 64
+    python tests/benchmarks/fit_rate.py --config moving_mnist --batch 16 --gpus 1 2 --steps 600
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from measure import RESULTS, machine, write
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(args: argparse.Namespace, gpus: int) -> dict[str, float]:
+    """One run of the command; ``clocks.EpochClock`` inside it notes the epoch."""
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "clock.json"
+        command = [sys.executable, str(ROOT / "main.py"), "fit", "--config", args.config, "--n_gpus", str(gpus)]
+        command += ["--use_amp=true", f"--batch_size={args.batch}", "--test_after_fit=false", "--trainer.max_epochs=1"]
+        command += ["--trainer.limit_val_batches=0", "--trainer.enable_checkpointing=false", f"--run_dir={folder}/runs"]
+        command += ["--trainer.callbacks+=clocks.EpochClock", *args.fit]
+        if args.steps:
+            command.append(f"--trainer.limit_train_batches={args.steps}")
+        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"EPOCH_CLOCK": str(told), "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+        before = time.perf_counter()
+        subprocess.run(command, check=True, env=environment, cwd=ROOT)
+        row: dict[str, float] = json.loads(told.read_text())
+        row["command_seconds"] = time.perf_counter() - before
+    return row
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--config", default="fish_serenity")
+    options.add_argument("--batch", type=int, default=64, help="per GPU")
+    options.add_argument("--gpus", type=int, nargs="+", default=[1], help="0 is the CPU")
+    options.add_argument("--steps", type=int, help="batches; by default the whole epoch")
+    options.add_argument("--fit", action="append", default=[], metavar="OPTION", help="as --fit=--data.path=data/tank")
+    options.add_argument("--output", type=Path)
+    args = options.parse_args()
+    rows = {f"{gpus} GPU" if gpus else "CPU": run(args, gpus) for gpus in args.gpus}
+    more: dict[str, Any] = {}
+    if len(rows) > 1:
+        first, *_, last = (row["steady_per_second"] for row in rows.values())
+        more["speedup"] = last / first
+        print(f"{last / first:.3f} times {next(iter(rows))}")
+    device = "cuda" if any(args.gpus) else "cpu"
+    name = f"fit_{Path(args.config).stem}_{args.batch}" + (f"_{max(args.gpus)}gpus" if max(args.gpus) > 1 else "")
+    write(args.output or RESULTS / f"{name}.json", name, machine(device), rows, **more)
+
+
+if __name__ == "__main__":
+    main()
