@@ -1,7 +1,7 @@
 """Networks that predict frames, training step: sequences a second, each against the same network of common cells.
 
 The encoder-decoder of *Video Prediction using ConvLSTM with PyTorch Lightning*, and OpenSTL's ConvLSTM-S, which feeds
-its predictions back, with a reversed-role scheduled sampling mask as in training:
+its predictions back, with true frames in place of half of them, as scheduled sampling has them:
 
     python tests/benchmarks/frame_prediction.py --preset holmdk --batch 16
     python tests/benchmarks/frame_prediction.py --preset openstl --batch 16
@@ -114,10 +114,7 @@ def main() -> None:
         if args.preset == "holmdk":
             frames = torch.sigmoid(network(video, FUTURE)) if ours else network(video)
             return F.mse_loss(frames.float(), future)
-        if ours:
-            frames = network(video, FUTURE, future, teacher, with_context=True)
-        else:
-            frames = network(video, future, teacher)
+        frames = network(video, FUTURE, future, teacher, with_context=True) if ours else network(video, future, teacher)
         return F.mse_loss(frames.float(), truth)
 
     rows: dict[str, dict[str, float]] = {}

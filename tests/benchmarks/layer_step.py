@@ -86,7 +86,7 @@ def main() -> None:
     options.add_argument(
         "--scaling",
         action="store_true",
-        help="ours alone, with 2 and 4 times the batch, T and area, and twice the channels",
+        help="ours alone, with more of batch, T, area and channels",
     )
     args = options.parse_args()
     for key, value in PRESETS[args.preset].items():

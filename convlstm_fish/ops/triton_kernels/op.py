@@ -88,8 +88,9 @@ def conv_lstm_triton(
 ) -> tuple[Tensor | None, State]:
     """:func:`convlstm_fish.ops.conv_lstm` in Triton kernels; see there for the arguments.
 
-    Both convolutions, the gates and the state of a step are one launch. The gates are not kept: the backward pass
-    computes them again from h and c, of which c is kept in the compute dtype. ``output`` is laid out channels last.
+    Both convolutions, the gates and the state of a step are one launch. Narrow layers do not keep the gates: their
+    backward pass computes them again from h and c, of which c is kept in the compute dtype. ``output`` is laid out
+    channels last.
 
     Raises:
         ValueError: an argument that does not fit, named with its value.
@@ -123,7 +124,7 @@ def conv_lstm_triton(
     tracked = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, h_0, c_0, weight_ih, weight_hh, bias, *weights)
     )
-    output, h_n, c_n, _ = conv_lstm_forward(
+    output, h_n, c_n, *_ = conv_lstm_forward(
         x, h_0, c_0, weight_ih, weight_hh, bias, *weights, mask,
         None if lengths is None else lengths.to(device=x.device, dtype=torch.int32),
         list(where.out), list(where.stride), [before for before, _ in where.pads], list(where.dilation),

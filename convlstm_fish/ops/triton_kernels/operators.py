@@ -11,7 +11,7 @@ from torch import Tensor
 from convlstm_fish.ops.triton_kernels.layer import can_shift, make_layer, pack, peephole_kind, tile_count
 from convlstm_fish.ops.triton_kernels.steps import backward_step, forward_step
 from convlstm_fish.ops.triton_kernels.sums import WeightSums, write_image_gradient
-from convlstm_fish.ops.triton_kernels.tuning import round_channels
+from convlstm_fish.ops.triton_kernels.tuning import choose, round_channels
 
 # The gates' gradients of so many bytes are kept until the weights' gradients take them up.
 _CHUNK_BYTES = 512 << 20
@@ -33,12 +33,12 @@ def conv_lstm_forward(
     w_ci: Tensor | None, w_cf: Tensor | None, w_co: Tensor | None, mask: Tensor | None, lengths: Tensor | None,
     size: list[int], stride: list[int], pads: list[int], dilation: list[int], activation: int, tf32: bool,
     reverse: bool, keep_h: bool, keep_c: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Runs the steps. Channels last throughout: x (N, T, H, W, C), states (N, H', W', C_h), mask the same.
 
     Returns:
-        h of every step (N, T, H', W', C_h), empty without ``keep_h``; h_n; c_n; and c of every step, empty without
-        ``keep_c``, in the dtype of x, for the backward pass.
+        h of every step (N, T, H', W', C_h), empty without ``keep_h``; h_n; c_n; and for the backward pass, in the
+        dtype of x and empty without ``keep_c``, c of every step and for wide layers the gates (N, T, H', W', 4 * C_h).
     """
     layer = make_layer(x, weight_ih, weight_hh, size, stride, pads, dilation, activation, tf32, reverse)
     tile = layer.tiles.forward
@@ -48,6 +48,8 @@ def conv_lstm_forward(
     # Without a sequence two frames take turns, and a step's frame is found by the parity of the step.
     h = x.new_empty(clips, steps if keep_h else 2, *frame)
     cells = x.new_empty((clips, steps, *frame) if keep_c else (0,))
+    keep_gates = keep_c and layer.tiles.keep_gates
+    gates = x.new_empty((clips, steps, *layer.size, 4 * layer.hidden) if keep_gates else (0,))
     c = x.new_empty((clips, *frame), dtype=torch.float32)
     if not keep_h and lengths is not None:
         h.zero_()
@@ -67,22 +69,22 @@ def conv_lstm_forward(
         if s == 0 and h_0 is not None and c_0 is not None:
             h_in, c_in, h_in_t = h_0, c_0, 0
         forward_step[grid](
-            x, h_in, h_out, c_in, c, cells, w_x, w_h, packed_bias, w_ci, w_cf, w_co, factor, lengths,
+            x, h_in, h_out, c_in, c, cells, gates, w_x, w_h, packed_bias, w_ci, w_cf, w_co, factor, lengths,
             s, steps, x.stride(0), x.stride(1), h_in.stride(0), h_in_t, h.stride(0), h_out_t,
-            steps * numbers, numbers, numbers,
+            steps * numbers, numbers, 4 * steps * numbers, 4 * numbers, numbers,
             **constants, ldw=w_h.shape[1], PEEPHOLE=peephole_kind(w_ci),
             HAS_STATE=s > 0 or h_0 is not None, HAS_BIAS=bias is not None, HAS_MASK=mask is not None,
-            HAS_LENGTHS=lengths is not None, SAVE_C=keep_c, ZERO_REST=keep_h,
+            HAS_LENGTHS=lengths is not None, SAVE_C=keep_c, SAVE_GATES=keep_gates, ZERO_REST=keep_h,
             BM=tile.pixels, BC=tile.channels, BK=tile.rows, BKX=tile.rows_x,
             TW=tile.patch, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
     if keep_h:
-        return h, _last(h, lengths, reverse), c, cells
+        return h, _last(h, lengths, reverse), c, cells, gates
     if lengths is None:
         h_n = h[:, (steps - 1) % 2].clone()
     else:
         h_n = h[torch.arange(clips, device=x.device), (lengths.long() - 1) % 2]
-    return x.new_empty(0), h_n, c, cells
+    return x.new_empty(0), h_n, c, cells, gates
 
 
 @conv_lstm_forward.register_fake
@@ -91,20 +93,22 @@ def _(
     w_ci: Tensor | None, w_cf: Tensor | None, w_co: Tensor | None, mask: Tensor | None, lengths: Tensor | None,
     size: list[int], stride: list[int], pads: list[int], dilation: list[int], activation: int, tf32: bool,
     reverse: bool, keep_h: bool, keep_c: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     frame = (*size, weight_hh.shape[1])
     clips, steps = x.shape[:2]
+    keep_gates = keep_c and choose(x.shape[4], weight_hh.shape[1], x.dtype).keep_gates
     return (
         x.new_empty((clips, steps, *frame) if keep_h else (0,)),
         x.new_empty((clips, *frame)),
         x.new_empty((clips, *frame), dtype=torch.float32),
         x.new_empty((clips, steps, *frame) if keep_c else (0,)),
+        x.new_empty((clips, steps, *size, 4 * frame[2]) if keep_gates else (0,)),
     )
 
 
 @torch.library.custom_op("convlstm_fish::conv_lstm_backward", mutates_args=())
 def _backward(
-    dout: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, h: Tensor, cells: Tensor,
+    dout: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, h: Tensor, cells: Tensor, gates: Tensor,
     x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None,
     w_ci: Tensor | None, w_cf: Tensor | None, w_co: Tensor | None, mask: Tensor | None, lengths: Tensor | None,
     size: list[int], stride: list[int], pads: list[int], dilation: list[int], activation: int, tf32: bool,
@@ -125,10 +129,12 @@ def _backward(
     da = x.new_empty(clips, min(chunk + 1, steps), *layer.size, 4 * hidden)
     dpeephole = None if w_ci is None else dc.new_zeros(clips, *layer.size, 3, hidden)
 
-    w_x = pack(weight_ih, layer, tile.rows_x, tile.channels, False)
-    w_h = pack(weight_hh, layer, tile.rows, tile.channels, False)
     w_back = pack(weight_hh, layer, tile.rows_back, tile.channels, True)
-    packed_bias = None if bias is None else pack(bias, layer, 1, tile.channels, False)
+    w_x = w_h = packed_bias = None
+    if not tiles.keep_gates:
+        w_x = pack(weight_ih, layer, tile.rows_x, tile.channels, False)
+        w_h = pack(weight_hh, layer, tile.rows, tile.channels, False)
+        packed_bias = None if bias is None else pack(bias, layer, 1, tile.channels, False)
     dx = torch.empty_like(x) if need_x else x.new_empty(0)
     w_dx = pack(weight_ih, layer, tiles.image.rows, tiles.image.channels, True) if need_x else None
     if tiles.weight.together:
@@ -147,15 +153,16 @@ def _backward(
         if s == 0 and h_0 is not None and c_0 is not None:
             h_in, c_in, before_t = h_0, c_0, 0
         backward_step[grid](
-            x, h_in, c_in, dout, dh_n, da, dc, dpeephole, dbias,
+            x, h_in, c_in, gates, dout, dh_n, da, dc, dpeephole, dbias,
             w_x, w_h, w_back, packed_bias, w_ci, w_cf, w_co, factor, lengths,
             s, steps, s % da.shape[1], (s + 1) % da.shape[1], x.stride(0), x.stride(1),
-            h_in.stride(0), before_t, c_in.stride(0), before_t,
+            h_in.stride(0), before_t, c_in.stride(0), before_t, 4 * steps * numbers, 4 * numbers,
             steps * numbers, numbers, da.stride(0), da.stride(1), numbers,
-            **constants, ldw=w_h.shape[1], ldw_back=w_back.shape[1], CP_GATES=round_channels(4 * hidden),
-            PEEPHOLE=peephole_kind(w_ci),
+            **constants, ldw=0 if w_h is None else w_h.shape[1], ldw_back=w_back.shape[1],
+            CP_GATES=round_channels(4 * hidden), PEEPHOLE=peephole_kind(w_ci),
             HAS_STATE=s > 0 or h_0 is not None, HAS_BIAS=bias is not None, HAS_MASK=mask is not None,
             HAS_LENGTHS=lengths is not None, HAS_DOUT=dout is not None, HAS_DH_N=dh_n is not None,
+            HAS_GATES=tiles.keep_gates,
             BM=tile.pixels, BC=tile.channels, BK=tile.rows, BKX=tile.rows_x, BKB=tile.rows_back,
             TW=tile.patch, HALO=halo, STAGES=tile.stages, STAGES_BACK=tile.stages_back, num_warps=tile.warps,
         )  # fmt: skip
@@ -195,7 +202,7 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    dout: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, h: Tensor, cells: Tensor,
+    dout: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, h: Tensor, cells: Tensor, gates: Tensor,
     x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None,
     w_ci: Tensor | None, w_cf: Tensor | None, w_co: Tensor | None, mask: Tensor | None, lengths: Tensor | None,
     size: list[int], stride: list[int], pads: list[int], dilation: list[int], activation: int, tf32: bool,
@@ -216,19 +223,19 @@ _TENSORS = 11  # how many of the forward operator's arguments are tensors
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    h, _, _, cells = output
+    h, _, _, cells, gates = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(cells)
-    ctx.save_for_backward(h, cells, *inputs[:_TENSORS])
+    ctx.mark_non_differentiable(cells, gates)
+    ctx.save_for_backward(h, cells, gates, *inputs[:_TENSORS])
     ctx.options = inputs[_TENSORS:-2]
 
 
-def _gradient(ctx: Any, dout: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, _: None) -> tuple[Any, ...]:
-    h, cells, *tensors = ctx.saved_tensors
+def _gradient(ctx: Any, dout: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: None) -> tuple[Any, ...]:
+    h, cells, gates, *tensors = ctx.saved_tensors
     need = ctx.needs_input_grad
     bias, w_ci = tensors[5], tensors[6]
     need_state = tensors[1] is not None and (need[1] or need[2])
-    out = _backward(dout, dh_n, dc_n, h, cells, *tensors, *ctx.options, need[0], need_state)
+    out = _backward(dout, dh_n, dc_n, h, cells, gates, *tensors, *ctx.options, need[0], need_state)
     dx, dh_0, dc_0, dw_ih, dw_hh, *rest = out
     state = (dh_0, dc_0) if need_state else (None, None)
     dbias = rest.pop(0) if bias is not None else None

@@ -60,18 +60,27 @@ def add_to(ptr, value, mask):
     tl.store(ptr, tl.load(ptr, mask=mask, other=0.0) + value, mask=mask)
 
 
+@triton.jit
+def store_gates(ptr, i, f, g, o, exists, C: tl.constexpr):
+    """Four numbers a channel, in the order i, f, g, o."""
+    tl.store(ptr, i.to(ptr.dtype.element_ty), mask=exists)
+    tl.store(ptr + C, f.to(ptr.dtype.element_ty), mask=exists)
+    tl.store(ptr + 2 * C, g.to(ptr.dtype.element_ty), mask=exists)
+    tl.store(ptr + 3 * C, o.to(ptr.dtype.element_ty), mask=exists)
+
+
 @triton.jit(do_not_specialize=["s", "T"])
 def forward_step(
-    x_ptr, h_in_ptr, h_out_ptr, c_in_ptr, c_out_ptr, c_save_ptr,
+    x_ptr, h_in_ptr, h_out_ptr, c_in_ptr, c_out_ptr, c_save_ptr, gates_ptr,
     w_x_ptr, w_h_ptr, bias_ptr, w_ci_ptr, w_cf_ptr, w_co_ptr, mask_ptr, length_ptr,
-    s, T, x_n, x_t, h_in_n, h_in_t, h_out_n, h_out_t, c_save_n, c_save_t, state_n,
+    s, T, x_n, x_t, h_in_n, h_in_t, h_out_n, h_out_t, c_save_n, c_save_t, gates_n, gates_t, state_n,
     H: tl.constexpr, W: tl.constexpr, HI: tl.constexpr, WI: tl.constexpr, ldw: tl.constexpr,
     C: tl.constexpr, CP: tl.constexpr, C_IN: tl.constexpr, CP_IN: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, KHX: tl.constexpr, KWX: tl.constexpr,
     SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, DY: tl.constexpr, DX: tl.constexpr,
     ACT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, PEEPHOLE: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    REVERSE: tl.constexpr, SAVE_C: tl.constexpr, ZERO_REST: tl.constexpr,
+    REVERSE: tl.constexpr, SAVE_C: tl.constexpr, SAVE_GATES: tl.constexpr, ZERO_REST: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BKX: tl.constexpr, TW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """h_t and c_t of BM pixels and BC channels of one clip; the s-th step that the clip does.
@@ -106,14 +115,20 @@ def forward_step(
             if PEEPHOLE > 0:
                 z_i += load_peephole(w_ci_ptr, ch, pixel, exists, C, PEEPHOLE) * c
                 z_f += load_peephole(w_cf_ptr, ch, pixel, exists, C, PEEPHOLE) * c
-        c = recurrent_activation(z_f, ACT, FAST) * c + recurrent_activation(z_i, ACT, FAST) * tanh(z_g, FAST)
+        i = recurrent_activation(z_i, ACT, FAST)
+        f = recurrent_activation(z_f, ACT, FAST)
+        g = tanh(z_g, FAST)
+        c = f * c + i * g
         if PEEPHOLE > 0:
             z_o += load_peephole(w_co_ptr, ch, pixel, exists, C, PEEPHOLE) * c
-        h = recurrent_activation(z_o, ACT, FAST) * tanh(c, FAST)
+        o = recurrent_activation(z_o, ACT, FAST)
+        h = o * tanh(c, FAST)
         tl.store(c_out_ptr + n * state_n + at, c, mask=exists)
         if SAVE_C:
             c_save = c_save_ptr + n * c_save_n + t * c_save_t
             tl.store(c_save + at, c.to(c_save_ptr.dtype.element_ty), mask=exists)
+        if SAVE_GATES:
+            store_gates(gates_ptr + n * gates_n + t * gates_t + pixel * (4 * C) + ch, i, f, g, o, exists, C)
         tl.store(h_out_ptr + n * h_out_n + t * h_out_t + at, h.to(h_out_ptr.dtype.element_ty), mask=exists)
     else:
         if ZERO_REST:
@@ -123,23 +138,24 @@ def forward_step(
 
 @triton.jit(do_not_specialize=["s", "T", "slot", "slot_next"])
 def backward_step(
-    x_ptr, h_in_ptr, c_in_ptr, dout_ptr, dh_n_ptr, da_ptr, dc_ptr, dpeephole_ptr, dbias_ptr,
+    x_ptr, h_in_ptr, c_in_ptr, gates_ptr, dout_ptr, dh_n_ptr, da_ptr, dc_ptr, dpeephole_ptr, dbias_ptr,
     w_x_ptr, w_h_ptr, w_back_ptr, bias_ptr, w_ci_ptr, w_cf_ptr, w_co_ptr, mask_ptr, length_ptr,
     s, T, slot, slot_next,
-    x_n, x_t, h_in_n, h_in_t, c_in_n, c_in_t, dout_n, dout_t, da_n, da_t, state_n,
+    x_n, x_t, h_in_n, h_in_t, c_in_n, c_in_t, gates_n, gates_t, dout_n, dout_t, da_n, da_t, state_n,
     H: tl.constexpr, W: tl.constexpr, HI: tl.constexpr, WI: tl.constexpr, ldw: tl.constexpr, ldw_back: tl.constexpr,
     C: tl.constexpr, CP: tl.constexpr, CP_GATES: tl.constexpr, C_IN: tl.constexpr, CP_IN: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, KHX: tl.constexpr, KWX: tl.constexpr,
     SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, DY: tl.constexpr, DX: tl.constexpr,
     ACT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, PEEPHOLE: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    HAS_DOUT: tl.constexpr, HAS_DH_N: tl.constexpr, REVERSE: tl.constexpr,
+    HAS_DOUT: tl.constexpr, HAS_DH_N: tl.constexpr, HAS_GATES: tl.constexpr, REVERSE: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BKX: tl.constexpr, BKB: tl.constexpr,
     TW: tl.constexpr, HALO: tl.constexpr, STAGES: tl.constexpr, STAGES_BACK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the s-th step's gates before activation, da (H, W, 4 * C), gates i, f, g, o; and of c_{t-1}.
 
-    With * the convolution and ~ its adjoint, from da of the step after, dc in place and the gates computed again::
+    With * the convolution and ~ its adjoint, from da of the step after, dc in place, and the gates, kept or computed
+    again::
 
         dh = dout_t + mask ∘ (W_hh ~ da_{t+1}),   da_o = dh ∘ tanh(c_t) ∘ o',
         dc += dh ∘ o ∘ (1 - tanh²(c_t)) + w_co ∘ da_o,
@@ -185,26 +201,34 @@ def backward_step(
             dh += tl.load(dh_n_ptr + n * state_n + at, mask=exists, other=0.0)
         if HAS_DOUT:
             dh += tl.load(dout_ptr + n * dout_n + t * dout_t + at, mask=exists, other=0.0)
-        z_i, z_f, z_g, z_o = step_gates(
-            x_ptr + n * x_n + t * x_t, h_in_ptr + n * h_in_n + before * h_in_t, mask_ptr + n * state_n,
-            w_x_ptr, w_h_ptr, bias_ptr, block, y, x, valid, ldw, H, W, HI, WI,
-            C, CP, C_IN, CP_IN, KH, KW, KHX, KWX, SY, SX, PY, PX, DY, DX,
-            HAS_STATE, HAS_BIAS, HAS_MASK, PRECISION, BM, BC, BK, BKX, STAGES,
-        )  # fmt: skip
         c_before = tl.zeros((BM, BC), dtype=tl.float32)
         if HAS_STATE:
             c_before = tl.load(c_in_ptr + n * c_in_n + before * c_in_t + at, mask=exists, other=0.0)
             c_before = c_before.to(tl.float32)
-            if PEEPHOLE > 0:
+        if HAS_GATES:
+            kept = gates_ptr + n * gates_n + t * gates_t + pixel * (4 * C) + ch
+            i = tl.load(kept, mask=exists, other=0.0).to(tl.float32)
+            f = tl.load(kept + C, mask=exists, other=0.0).to(tl.float32)
+            g = tl.load(kept + 2 * C, mask=exists, other=0.0).to(tl.float32)
+            o = tl.load(kept + 3 * C, mask=exists, other=0.0).to(tl.float32)
+            c = f * c_before + i * g
+        else:
+            z_i, z_f, z_g, z_o = step_gates(
+                x_ptr + n * x_n + t * x_t, h_in_ptr + n * h_in_n + before * h_in_t, mask_ptr + n * state_n,
+                w_x_ptr, w_h_ptr, bias_ptr, block, y, x, valid, ldw, H, W, HI, WI,
+                C, CP, C_IN, CP_IN, KH, KW, KHX, KWX, SY, SX, PY, PX, DY, DX,
+                HAS_STATE, HAS_BIAS, HAS_MASK, PRECISION, BM, BC, BK, BKX, STAGES,
+            )  # fmt: skip
+            if HAS_STATE and PEEPHOLE > 0:
                 z_i += load_peephole(w_ci_ptr, ch, pixel, exists, C, PEEPHOLE) * c_before
                 z_f += load_peephole(w_cf_ptr, ch, pixel, exists, C, PEEPHOLE) * c_before
-        i = recurrent_activation(z_i, ACT, FAST)
-        f = recurrent_activation(z_f, ACT, FAST)
-        g = tanh(z_g, FAST)
-        c = f * c_before + i * g
-        if PEEPHOLE > 0:
-            z_o += load_peephole(w_co_ptr, ch, pixel, exists, C, PEEPHOLE) * c
-        o = recurrent_activation(z_o, ACT, FAST)
+            i = recurrent_activation(z_i, ACT, FAST)
+            f = recurrent_activation(z_f, ACT, FAST)
+            g = tanh(z_g, FAST)
+            c = f * c_before + i * g
+            if PEEPHOLE > 0:
+                z_o += load_peephole(w_co_ptr, ch, pixel, exists, C, PEEPHOLE) * c
+            o = recurrent_activation(z_o, ACT, FAST)
         squashed = tanh(c, FAST)
 
         da_o = dh * squashed * recurrent_slope(o, ACT)
@@ -225,10 +249,7 @@ def backward_step(
             add_to(sums + 2 * C, da_o * c, exists)
         tl.store(dc_ptr + n * state_n + at, dc, mask=exists)
         da = da_ptr + n * da_n + slot.to(tl.int64) * da_t + pixel * (4 * C) + ch
-        tl.store(da, da_i.to(da_ptr.dtype.element_ty), mask=exists)
-        tl.store(da + C, da_f.to(da_ptr.dtype.element_ty), mask=exists)
-        tl.store(da + 2 * C, da_g.to(da_ptr.dtype.element_ty), mask=exists)
-        tl.store(da + 3 * C, da_o.to(da_ptr.dtype.element_ty), mask=exists)
+        store_gates(da, da_i, da_f, da_g, da_o, exists, C)
         if HAS_BIAS:  # each tile has its own sums, so that they are added in one order
             channel = block * BC + tl.arange(0, BC)
             sums_ptr = dbias_ptr + (n * (tl.num_programs(0) // blocks) + tl.program_id(0) // blocks) * (4 * C) + channel

@@ -48,12 +48,16 @@ class WeightTile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The tiles of every kernel of one layer."""
+    """The tiles of every kernel of one layer, and whether the forward pass keeps the gates for the backward pass.
+
+    From 64 hidden channels on, computing them again is arithmetic that costs more than their 8 bytes a channel.
+    """
 
     forward: Tile
     backward: Tile
     image: Tile
     weight: WeightTile
+    keep_gates: bool
 
 
 def _rows(channels: int, widest: int) -> int:
@@ -67,13 +71,14 @@ def _rows(channels: int, widest: int) -> int:
 def choose(channels: int, hidden: int, dtype: torch.dtype) -> Tiles:
     """The tiles for ``channels`` -> ``hidden``."""
     wide = dtype == torch.float32
+    keep_gates = hidden >= 64
     rounded, rounded_x, rounded_gates = (round_channels(c) for c in (hidden, channels, 4 * hidden))
     if wide:
         block = 16 if hidden <= 16 else 32
         rows, rows_x, rows_back = _rows(rounded, 32), _rows(rounded_x, 32), _rows(rounded_gates, 32)
         step = Tile(64, block, rows, rows_x, rows_back, 0, 4, 3, 3)
         image = step._replace(channels=16 if channels <= 16 else 32)
-        return Tiles(step, step, image, WeightTile(32, 64, 64, 0, 4, 2, False))
+        return Tiles(step, step, image, WeightTile(32, 64, 64, 0, 4, 2, False), keep_gates)
     rows, rows_x, rows_back = _rows(rounded, 64), _rows(rounded_x, 64), _rows(rounded_gates, 64)
     if hidden <= 16:
         forward = Tile(128, 16, rows, rows_x, rows_back, 0, 4, 1)
@@ -98,4 +103,4 @@ def choose(channels: int, hidden: int, dtype: torch.dtype) -> Tiles:
         weight = WeightTile(64, 128, 128, 0, 4, 3, False)
     else:
         weight = WeightTile(64, 256, 128, 0, 8, 3, False)
-    return Tiles(forward, backward, image, weight)
+    return Tiles(forward, backward, image, weight, keep_gates)
