@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlstm_fish.data.modules.base import Batch, Samples, require
+from convlstm_fish.data.modules.base import Batch, ResumableDataModule, Samples, require
 from convlstm_fish.data.modules.digit_stream import DEFAULT_PATH, DigitStream
 from convlstm_fish.data.moving_mnist import moving_digits
 from convlstm_fish.errors import UserError
@@ -66,7 +66,8 @@ class MovingMNIST(DigitStream):
         train_size: sequences in an epoch.
         validation_size, test_size: sequences in the fixed sets.
         test_set: "generated", or "standard" for the published 10,000 sequences (``mnist_test_seq.npy`` in ``path``
-            or in ``path/MovingMNIST``, where torchvision puts it), of which the first test_size are used.
+            or in ``path/MovingMNIST``, where torchvision puts it), of which the first test_size are used. Testing on
+            them needs no digits.
         image_size: side of a frame.
         digits_per_clip: digits in a sequence.
         step_length: way of a digit per frame as a fraction of its free way.
@@ -128,9 +129,20 @@ class MovingMNIST(DigitStream):
         """(T, C, H, W) of ``video``."""
         return self.context_frames, 1, self.image_size, self.image_size
 
+    def setup(self, stage: str) -> None:
+        """Read the digits, or open the standard test set where it is all that is asked for."""
+        if self._stored(stage):
+            ResumableDataModule.setup(self, stage)
+            self._split(stage)
+        else:
+            super().setup(stage)
+
+    def _stored(self, split: str) -> bool:
+        return self.test_set == "standard" and split in ("test", "predict")
+
     def samples(self, split: str) -> Samples:
         """See the base class."""
-        if split in ("test", "predict") and self.test_set == "standard":
+        if self._stored(split):
             root = Path(self.path) if self.path is not None else DEFAULT_PATH
             inside = root / "MovingMNIST" / STANDARD_FILE
             return StoredSequences(inside if inside.exists() else root / STANDARD_FILE, self.sizes["test"])

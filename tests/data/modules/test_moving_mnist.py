@@ -150,6 +150,19 @@ def test_standard_test_set(tmp_path: Path) -> None:
         StoredSequences(tmp_path / "mnist_test_seq.npy", 3)
 
 
+def test_the_standard_test_set_needs_no_digits(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (20, 7, 64, 64), dtype=np.uint8)
+    np.save(tmp_path / "mnist_test_seq.npy", frames)
+    recorder = Recorder()
+    trainer(tmp_path).test(recorder, small(str(tmp_path), test_set="standard"), verbose=False)
+    assert sum(len(batch["video"]) for batch in recorder.seen) == 7
+    with pytest.raises(UserError, match="no train-images-idx3-ubyte"):
+        small(str(tmp_path), test_set="standard").setup("fit")
+    (tmp_path / "mnist_test_seq.npy").unlink()
+    with pytest.raises(UserError, match=r"mnist_test_seq.npy: cannot be read"):
+        small(str(tmp_path), test_set="standard").setup("test")
+
+
 def write_digits(folder: Path, labels: bool = False) -> None:
     images = np.random.default_rng(1).integers(1, 256, (24, 28, 28), dtype=np.uint8)
     header = bytes((0, 0, 8, 3, 0, 0, 0, 24, 0, 0, 0, 28, 0, 0, 0, 28))
