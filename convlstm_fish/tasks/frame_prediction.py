@@ -88,7 +88,7 @@ class FramePrediction(Task):
     """Predict the frames that follow, with one of three networks of ConvLSTMs.
 
     Batches: ``video`` (N, T, C, H, W) and ``future`` (N, T', C, H, W) in [0, 1]; optional ``index`` (N,) and ``valid``
-    (N,), False for padding that counts nowhere.
+    (N,), False for padding that counts nowhere. To predict, ``future_frames``, a number, does instead of ``future``.
 
     Validation and test report the metrics of `convlstm_fish.evaluate.frame_metrics`; ``test`` prints them by frame
     beside those of the copy of the last frame, and writes ``frame_metrics.json`` and ``frame_metrics.csv`` (a line per
@@ -336,7 +336,7 @@ class FramePrediction(Task):
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """``index`` and ``frames``, uint8 (N, T', C, H, W), of the sequences that are no padding."""
         valid, index = _valid_and_index(batch)
-        frames = self(batch["video"], batch["future"].shape[1])
+        frames = self(batch["video"], batch["future"].shape[1] if "future" in batch else batch["future_frames"])
         return {"index": index, "frames": (frames[valid].float().clamp(0, 1) * 255).round().to(torch.uint8)}
 
 
