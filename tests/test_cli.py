@@ -196,6 +196,50 @@ def test_a_stopped_and_resumed_run_is_bit_for_bit_the_uninterrupted_one(
         assert (a["epoch"], a["global_step"]) == (b["epoch"], b["global_step"])
 
 
+FRAMES_OF_DIGITS = {"train_size": 20, "validation_size": 4, "test_size": 4, "image_size": 32, "context_frames": 3}
+FRAMES_OF_A_TANK = {"splits": [0.6, 0.2, 0.2], "stride": 25, "eval_stride": 40, "flips": "random", "context_frames": 3}
+
+
+@pytest.mark.parametrize("source", ["digits", "tank"])
+def test_a_frame_prediction_goes_on_bit_for_bit_in_the_middle_of_an_epoch(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_tank: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = {"architecture": "stacked", "hidden_channels": [3], "kernel_size": 3, "patch_size": 4, "lr": 0.01}
+    model |= {"sampling_start": 1.0, "sampling_steps": 20, "loss_on_context": True, "lr_schedule": "openstl"}
+    if source == "digits":
+        data = {"class_path": "MovingMNIST", "init_args": {**FRAMES_OF_DIGITS, "future_frames": 4}}
+    else:
+        options = {**FRAMES_OF_A_TANK, "path": str(small_tank), "image_size": [24, 32], "future_frames": 4}
+        data = {"class_path": "RecordingFrames", "init_args": options}
+    content = {
+        "model": {"class_path": "FramePrediction", "init_args": model},
+        "data": data,
+        "trainer": {"max_epochs": 2, "accelerator": "cpu", "log_every_n_steps": 1},
+    }
+    Path("frames.yaml").write_text(yaml.safe_dump(content))
+    assert main(["--config", "frames.yaml", "--batch_size=4", "--run_dir", "whole"]) == 0
+    whole, parts = (tmp_path / name / "version_0" for name in ("whole", "parts"))
+    steps = len(losses(whole))
+    original = TrainingMonitor.on_train_batch_end
+
+    def stop(self: TrainingMonitor, trainer: Any, *args: Any) -> None:
+        original(self, trainer, *args)
+        if trainer.global_step == steps // 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingMonitor, "on_train_batch_end", stop)
+        assert main(["--config", "frames.yaml", "--batch_size=4", "--run_dir", "parts"]) == 143
+    stopped = load_checkpoint(parts / "checkpoints/last.ckpt")
+    assert (stopped["epoch"], stopped["global_step"]) == (0, steps // 4 + 1)
+    assert 0 < stopped["global_step"] < steps // 2
+    assert main(["fit", "--ckpt_path", "last", "--run_dir", "parts"]) == 0
+    assert losses(parts) == losses(whole)
+    ends = [weights(run / "checkpoints/last.ckpt") for run in (whole, parts)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
 def test_resuming_keeps_the_settings_and_weights_start_anew(
     config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
