@@ -156,6 +156,7 @@ def test_the_standard_test_set_needs_no_digits(tmp_path: Path) -> None:
     recorder = Recorder()
     trainer(tmp_path).test(recorder, small(str(tmp_path), test_set="standard"), verbose=False)
     assert sum(len(batch["video"]) for batch in recorder.seen) == 7
+    assert len(small(str(tmp_path), test_set="standard", test_size=None).samples("test")) == 7
     with pytest.raises(UserError, match="no train-images-idx3-ubyte"):
         small(str(tmp_path), test_set="standard").setup("fit")
     (tmp_path / "mnist_test_seq.npy").unlink()
@@ -179,10 +180,16 @@ def test_digits_are_looked_for(
     data = small()
     data.setup("fit")
     assert "drawn from a font" in data.digits.source
-    assert "--data.path" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "--data.path" in told
+    assert "12/5/7 sequences" in told
+    assert MovingMNIST().sizes == {"train": 480, "validation": 48, "test": 240}
+    assert len(MovingMNIST(train_size=7).samples("train")) == 7
     (tmp_path / "data" / "mnist").mkdir(parents=True)
     write_digits(tmp_path / "data" / "mnist")
     assert small().digits.source == "IDX files in data/mnist"
+    assert MovingMNIST().sizes == MovingMNIST("elsewhere").sizes
+    assert len(MovingMNIST().samples("test")) == 10_000
     with pytest.raises(UserError, match="elsewhere"):
         small("elsewhere").setup("fit")
 
