@@ -16,13 +16,16 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image, ImageSequence
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from convlstm_fish.cli import main
 from convlstm_fish.commands import COMMANDS
+from convlstm_fish.data.clips import nearest
 from convlstm_fish.tasks.callbacks import EpochLine, TrainingMonitor
 from convlstm_fish.tasks.checkpoint_io import load_checkpoint
 
@@ -159,6 +162,33 @@ def test_the_seed_reaches_data_and_weights(config: str, tmp_path: Path) -> None:
     assert [settings(run)["data"]["init_args"]["seed"] for run in runs] == [0, 7, 3]
     first = [losses(run)[0] for run in runs]
     assert len(set(first)) == 3
+
+
+def test_predicted_frames_of_a_whole_recording(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_tank: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ["--data.path", str(small_tank), "--data.simulate=null", "--data.image_size=[24,32]", "--batch_size=3"]
+    small += ["--model.hidden_channels=[2]", "--data.context_frames=3", "--data.future_frames=5", "--n_gpus=0"]
+    short = ["--trainer.max_steps=1", "--trainer.callbacks=[]", "--data.eval_stride=50"]
+    assert main(["fit", "--config", "fish_frames", *small, *short]) == 0
+    assert main(["predict", "--ckpt_path", "runs/fish_frames"]) == 0
+    run = tmp_path / "runs/fish_frames/version_0"
+    recording = np.load(small_tank / "frames.npy", mmap_mode="r")
+    with np.load(run / "predictions.npz") as file:
+        index, frames = file["index"], file["frames"]
+    assert index[-1] + 2 * 3 == len(recording) - 1, "the last three frames given are the last of the recording"
+    assert set(np.diff(index)) == {50}
+    assert frames.shape == (len(index), 5, 1, 24, 32)
+    assert "predictions.gif" in capsys.readouterr().out
+    with Image.open(run / "predictions.gif") as gif:
+        shown = [np.asarray(frame.convert("L")).astype(int) for frame in ImageSequence.Iterator(gif)]
+    assert len(shown) == 8
+    assert shown[0].shape == (28, 3 * 36)
+    cut = recording[index[1] :: 3][:3][:, nearest(48, 24)][:, :, nearest(64, 32)]
+    for t, part in enumerate([*cut, *frames[1, :, 0]]):
+        assert abs(shown[t][2:26, 38:70] - part).max() <= 1
+        assert abs(shown[t][0] - (96 if t < 3 else 255)).max() <= 1
 
 
 # -- resuming ----------------------------------------------------------------------------------------------------------
