@@ -22,6 +22,9 @@ from convlstm_fish.data.modules import FishClips
 from convlstm_fish.evaluate import evaluate_recording, print_table, write_report
 from convlstm_fish.evaluate.report import write_text
 from convlstm_fish.tasks import ClipClassification
+from convlstm_fish.tasks.callbacks.video_summary import encode_gif
+
+PREDICTED_FPS = 5.0
 
 
 def write_test(
@@ -76,7 +79,7 @@ def write_predictions(
     """Gather what every process predicted, and write it in the first one.
 
     Probabilities become predictions.csv; predicted frames predictions.npz, with ``index`` (K,) and ``frames``
-    (K, T', C, H, W), uint8.
+    (K, T', C, H, W), uint8, and the first few of them predictions.gif, to look at.
 
     Args:
         trainer: after ``predict``.
@@ -102,6 +105,10 @@ def write_predictions(
             )
         os.replace(beside, path)
         print(f"{len(index)} predicted sequences: {path}")
+        if "given" in parts[0]:
+            shown = folder / "predictions.gif"
+            shown.write_bytes(encode_gif(predicted_video(parts[0]["given"], parts[0]["frames"]), PREDICTED_FPS))
+            print(f"the first of them, predicted frames with a white edge: {shown}")
         return path
     probability = torch.cat([part["probability"].float().cpu() for part in parts]).numpy()
     fps = datamodule.fps if isinstance(datamodule, FishClips) else None
@@ -109,6 +116,25 @@ def write_predictions(
     write_text(path, predictions_csv(index[order], probability[order], fps))
     print(f"{len(index)} predictions: {path}")
     return path
+
+
+def predicted_video(given: torch.Tensor, predicted: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """Sequences side by side, the frames that were given with a grey edge and the predicted ones with a white one.
+
+    Args:
+        given: uint8 (n, T, C, H, W).
+        predicted: uint8 (n or more, T', C, H, W).
+
+    Returns:
+        uint8 (T + T', H + 4, n * (W + 4)), or with a last dimension of 3 where there are three channels.
+    """
+    parts = []
+    for frames, edge in ((given.cpu(), 96), (predicted[: len(given)].cpu(), 255)):
+        if frames.shape[2] not in (1, 3):  # no picture has two channels: show their mean
+            frames = frames.float().mean(2, keepdim=True).to(torch.uint8)
+        parts.append(torch.nn.functional.pad(frames, (2, 2, 2, 2), value=edge))
+    video = torch.cat(list(torch.cat(parts, dim=1)), dim=3).permute(0, 2, 3, 1).numpy()
+    return video[..., 0] if video.shape[3] == 1 else video
 
 
 def predictions_csv(

@@ -16,13 +16,16 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image, ImageSequence
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from convlstm_fish.cli import main
 from convlstm_fish.commands import COMMANDS
+from convlstm_fish.data.clips import nearest
 from convlstm_fish.tasks.callbacks import EpochLine, TrainingMonitor
 from convlstm_fish.tasks.checkpoint_io import load_checkpoint
 
@@ -161,6 +164,33 @@ def test_the_seed_reaches_data_and_weights(config: str, tmp_path: Path) -> None:
     assert len(set(first)) == 3
 
 
+def test_predicted_frames_of_a_whole_recording(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_tank: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ["--data.path", str(small_tank), "--data.simulate=null", "--data.image_size=[24,32]", "--batch_size=3"]
+    small += ["--model.hidden_channels=[2]", "--data.context_frames=3", "--data.future_frames=5", "--n_gpus=0"]
+    short = ["--trainer.max_steps=1", "--trainer.callbacks=[]", "--data.eval_stride=50"]
+    assert main(["fit", "--config", "fish_frames", *small, *short]) == 0
+    assert main(["predict", "--ckpt_path", "runs/fish_frames"]) == 0
+    run = tmp_path / "runs/fish_frames/version_0"
+    recording = np.load(small_tank / "frames.npy", mmap_mode="r")
+    with np.load(run / "predictions.npz") as file:
+        index, frames = file["index"], file["frames"]
+    assert index[-1] + 2 * 3 == len(recording) - 1, "the last three frames given are the last of the recording"
+    assert set(np.diff(index)) == {50}
+    assert frames.shape == (len(index), 5, 1, 24, 32)
+    assert "predictions.gif" in capsys.readouterr().out
+    with Image.open(run / "predictions.gif") as gif:
+        shown = [np.asarray(frame.convert("L")).astype(int) for frame in ImageSequence.Iterator(gif)]
+    assert len(shown) == 8
+    assert shown[0].shape == (28, 3 * 36)
+    cut = recording[index[1] :: 3][:3][:, nearest(48, 24)][:, :, nearest(64, 32)]
+    for t, part in enumerate([*cut, *frames[1, :, 0]]):
+        assert abs(shown[t][2:26, 38:70] - part).max() <= 1
+        assert abs(shown[t][0] - (96 if t < 3 else 255)).max() <= 1
+
+
 # -- resuming ----------------------------------------------------------------------------------------------------------
 
 
@@ -194,6 +224,50 @@ def test_a_stopped_and_resumed_run_is_bit_for_bit_the_uninterrupted_one(
         for key, value in a["optimizer_states"][0]["state"].items():
             assert torch.equal(value["exp_avg_sq"], b["optimizer_states"][0]["state"][key]["exp_avg_sq"])
         assert (a["epoch"], a["global_step"]) == (b["epoch"], b["global_step"])
+
+
+FRAMES_OF_DIGITS = {"train_size": 20, "validation_size": 4, "test_size": 4, "image_size": 32, "context_frames": 3}
+FRAMES_OF_A_TANK = {"splits": [0.6, 0.2, 0.2], "stride": 25, "eval_stride": 40, "flips": "random", "context_frames": 3}
+
+
+@pytest.mark.parametrize("source", ["digits", "tank"])
+def test_a_frame_prediction_goes_on_bit_for_bit_in_the_middle_of_an_epoch(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_tank: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = {"architecture": "stacked", "hidden_channels": [3], "kernel_size": 3, "patch_size": 4, "lr": 0.01}
+    model |= {"sampling_start": 1.0, "sampling_steps": 20, "loss_on_context": True, "lr_schedule": "openstl"}
+    if source == "digits":
+        data = {"class_path": "MovingMNIST", "init_args": {**FRAMES_OF_DIGITS, "future_frames": 4}}
+    else:
+        options = {**FRAMES_OF_A_TANK, "path": str(small_tank), "image_size": [24, 32], "future_frames": 4}
+        data = {"class_path": "RecordingFrames", "init_args": options}
+    content = {
+        "model": {"class_path": "FramePrediction", "init_args": model},
+        "data": data,
+        "trainer": {"max_epochs": 2, "accelerator": "cpu", "log_every_n_steps": 1},
+    }
+    Path("frames.yaml").write_text(yaml.safe_dump(content))
+    assert main(["--config", "frames.yaml", "--batch_size=4", "--run_dir", "whole"]) == 0
+    whole, parts = (tmp_path / name / "version_0" for name in ("whole", "parts"))
+    steps = len(losses(whole))
+    original = TrainingMonitor.on_train_batch_end
+
+    def stop(self: TrainingMonitor, trainer: Any, *args: Any) -> None:
+        original(self, trainer, *args)
+        if trainer.global_step == steps // 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingMonitor, "on_train_batch_end", stop)
+        assert main(["--config", "frames.yaml", "--batch_size=4", "--run_dir", "parts"]) == 143
+    stopped = load_checkpoint(parts / "checkpoints/last.ckpt")
+    assert (stopped["epoch"], stopped["global_step"]) == (0, steps // 4 + 1)
+    assert 0 < stopped["global_step"] < steps // 2
+    assert main(["fit", "--ckpt_path", "last", "--run_dir", "parts"]) == 0
+    assert losses(parts) == losses(whole)
+    ends = [weights(run / "checkpoints/last.ckpt") for run in (whole, parts)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 def test_resuming_keeps_the_settings_and_weights_start_anew(

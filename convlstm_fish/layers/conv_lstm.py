@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from convlstm_fish.layers.conv_lstm_cell import ConvLSTMCell
+from convlstm_fish.layers.lengths import as_lengths, pad_clips
 from convlstm_fish.ops.equations import State
 from convlstm_fish.ops.geometry import Padding
 
@@ -46,14 +47,16 @@ class ConvLSTM(nn.Module):
         (layer 0, layer 0 reverse, layer 1, ...).
 
     Inputs:
-        input: (N, T, C, H, W), or (T, C, H, W) for one clip, or a PackedSequence.
+        input: (N, T, C, H, W), or (T, C, H, W) for one clip, or a list of clips (T_n, C, H, W) of any lengths, or a
+            PackedSequence.
         hx: None for zeros, or (h_0, c_0), each (num_layers * directions, N, C_h, H', W').
         lengths: (N,) whole numbers from 1 to T, or None. Each clip stops at its own last step; no work is spent on
             the padding after it, and nothing in it is read.
 
-    Outputs: ``output, (h_n, c_n)``: output (N, T, C_h * directions, H', W'), zero past a clip's length; h_n and c_n
-        (num_layers * directions, N, C_h, H', W') the state after each clip's last step. Under 16-bit autocast (or with
-        16-bit input) c is float32.
+    Outputs: ``output, (h_n, c_n)``: output (N, T, C_h * directions, H', W'), zero past a clip's length, or in the form
+        of the input a list of (T_n, C_h * directions, H', W') or a PackedSequence; h_n and c_n (num_layers *
+        directions, N, C_h, H', W') the state after each clip's last step. Under 16-bit autocast (or with 16-bit input)
+        c is float32.
 
     Example:
         >>> layer = ConvLSTM(1, 16, 3, num_layers=2)
@@ -150,11 +153,17 @@ class ConvLSTM(nn.Module):
             cell.reset_parameters()  # type: ignore[operator]
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: State | None = None, lengths: Tensor | None = None
+        self,
+        input: Tensor | PackedSequence | Sequence[Tensor],
+        hx: State | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Any, State]:
         """See the class."""
+        lengths = as_lengths(lengths)
         if isinstance(input, PackedSequence):
             return self._packed(input, hx, lengths)
+        if not isinstance(input, Tensor):
+            return self._listed(input, hx, lengths)
         batched = input.dim() == self.spatial_dims + 3
         if not batched and input.dim() != self.spatial_dims + 2:
             order = "(N, T" if self.batch_first else "(T, N"
@@ -173,6 +182,11 @@ class ConvLSTM(nn.Module):
 
     def _batch(self, input: Tensor, hx: State | None, lengths: Tensor | None) -> tuple[Tensor, State]:
         x = input if self.batch_first else input.transpose(0, 1)
+        if x.dim() != self.spatial_dims + 3 or x.shape[2] != self.in_channels:
+            raise ValueError(
+                f"input must be clips with in_channels={self.in_channels} channels in dimension 2 and "
+                f"{self.spatial_dims} spatial dimensions after it, got {tuple(input.shape)}"
+            )
         if hx is not None and (len(hx) != 2 or any(len(state) != len(self.cells) for state in hx)):
             raise ValueError(
                 f"hx must be (h_0, c_0), each ({len(self.cells)}, N, {self.hidden_channels}, *out) for "
@@ -213,6 +227,18 @@ class ConvLSTM(nn.Module):
             mask = F.dropout(x.new_ones(shape), self.recurrent_dropout)
         options |= {"checkpoint_every": self.checkpoint_every, "detach_every": self.detach_every}
         return cell.sequence(x, hx, recurrent_mask=mask, **options)
+
+    def _listed(
+        self, clips: Sequence[Tensor], hx: State | None, lengths: Tensor | None
+    ) -> tuple[list[Tensor] | Tensor, State]:
+        if lengths is not None:
+            raise ValueError("a list of clips has its own lengths; leave lengths out")
+        video, lengths = pad_clips(clips, batch_first=self.batch_first)
+        output, state = self._batch(video, hx, lengths)
+        if not self.return_sequences:
+            return output, state
+        rows = output.unbind(0 if self.batch_first else 1)
+        return [row[: len(clip)] for row, clip in zip(rows, clips)], state
 
     def _packed(
         self, input: PackedSequence, hx: State | None, lengths: Tensor | None

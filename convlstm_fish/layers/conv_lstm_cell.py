@@ -239,6 +239,8 @@ class ConvLSTMCell(nn.Module):
                 f"x must be (N, {self.in_channels}, *spatial) with {self.spatial_dims} spatial dimensions, "
                 f"got {tuple(x.shape)}"
             )
+        if x.shape[-1 - self.spatial_dims] != self.in_channels:
+            raise ValueError(f"x must have in_channels={self.in_channels} channels, got shape {tuple(x.shape)}")
         if not batched:
             x = x.unsqueeze(0)
             hx = None if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))

@@ -11,6 +11,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import default_collate
 
 
+def as_lengths(lengths: Tensor | Sequence[int] | None) -> Tensor | None:
+    """Lengths given as a list, as a tensor."""
+    return lengths if lengths is None or isinstance(lengths, Tensor) else torch.as_tensor(lengths)
+
+
 def pad_clips(clips: Sequence[Tensor], *, batch_first: bool = True) -> tuple[Tensor, Tensor]:
     """A list of clips (T_n, C, H, W) as one video, zero past their ends, and their lengths.
 

@@ -80,6 +80,7 @@ def conv_lstm(
         reverse: run backwards in time, from each clip's own last step to its first.
         return_sequences: False keeps no sequence and returns None in its place.
         checkpoint_every: keep only the state of every so many steps for the backward pass and compute the rest again.
+            Under the transforms of torch.func everything is kept.
         backend: "reference", "triton", or "auto", which may choose; a named backend that cannot run raises.
         detach_every: truncated back-propagation: no gradient passes from step k * detach_every to the step before it
             (after it in reverse).

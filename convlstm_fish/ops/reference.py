@@ -264,6 +264,8 @@ def conv_lstm_reference(
     if w.mask is not None:
         w = w._replace(mask=sort(w.mask, plan))
     tracked = torch.is_grad_enabled()
+    if torch._C._functorch.maybe_current_level() is not None:
+        checkpoint_every = None  # torch.func knows no checkpoints; the gradients are the same without
     if checkpoint_every is not None and tracked:
         block_steps = checkpoint_every
     else:

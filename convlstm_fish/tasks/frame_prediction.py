@@ -31,6 +31,8 @@ ARCHITECTURES: dict[str, Callable[..., FrameNetwork]] = {
     "stacked": StackedPredictor,
 }
 LOSSES = ("mse", "bce", "l1_ssim")
+SHOWN = 4
+"""Predicted sequences that are kept to be looked at."""
 
 
 class OneCycle(OneCycleLR):
@@ -88,7 +90,7 @@ class FramePrediction(Task):
     """Predict the frames that follow, with one of three networks of ConvLSTMs.
 
     Batches: ``video`` (N, T, C, H, W) and ``future`` (N, T', C, H, W) in [0, 1]; optional ``index`` (N,) and ``valid``
-    (N,), False for padding that counts nowhere.
+    (N,), False for padding that counts nowhere. To predict, ``future_frames``, a number, does instead of ``future``.
 
     Validation and test report the metrics of `convlstm_fish.evaluate.frame_metrics`; ``test`` prints them by frame
     beside those of the copy of the last frame, and writes ``frame_metrics.json`` and ``frame_metrics.csv`` (a line per
@@ -334,10 +336,19 @@ class FramePrediction(Task):
             write_text(Path(folder) / "frame_metrics.csv", report.to_csv())
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """``index`` and ``frames``, uint8 (N, T', C, H, W), of the sequences that are no padding."""
+        """``index`` and ``frames``, uint8 (N, T', C, H, W), of the sequences that are no padding.
+
+        The first batch also has ``given``, uint8 (n, T, C, H, W), the frames before its first few, to be shown.
+        """
         valid, index = _valid_and_index(batch)
-        frames = self(batch["video"], batch["future"].shape[1])
-        return {"index": index, "frames": (frames[valid].float().clamp(0, 1) * 255).round().to(torch.uint8)}
+        frames = self(batch["video"], batch["future"].shape[1] if "future" in batch else batch["future_frames"])
+        said = {"index": index, "frames": _pixels(frames[valid])}
+        return said if batch_idx else {**said, "given": _pixels(batch["video"][valid][:SHOWN])}
+
+
+def _pixels(frames: Tensor) -> Tensor:
+    """Numbers from 0 to 1 as uint8."""
+    return (frames.float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def _valid_and_index(batch: Batch) -> tuple[Tensor, Tensor]:

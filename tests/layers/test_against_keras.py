@@ -154,19 +154,48 @@ def test_go_backwards_is_the_reverse_direction() -> None:
     judge_all(judge, layer, found, list(judge(x.movedim(2, -1))), [x])
 
 
+@pytest.mark.parametrize("lengths", [None, [2, 4]], ids=["full", "lengths"])
 @pytest.mark.parametrize("sequences", [True, False])
-def test_bidirectional(sequences: bool) -> None:
-    one_way = keras.layers.ConvLSTM2D(HIDDEN, 3, padding="same", return_sequences=sequences, dtype="float64")
+@pytest.mark.parametrize("size", [(9,), (6, 7), (3, 4, 5)], ids=["1D", "2D", "3D"])
+def test_bidirectional_and_lengths(size: tuple[int, ...], sequences: bool, lengths: list[int] | None) -> None:
+    """Keras masks steps: it carries the state over them, where we compute nothing and put out zeros."""
+    kind = getattr(keras.layers, f"ConvLSTM{len(size)}D")
+    one_way = kind(HIDDEN, 3, padding="same", return_sequences=sequences, return_state=True, dtype="float64")
     judge = keras.layers.Bidirectional(one_way, dtype="float64")
-    judge.build((N, T, 6, 7, C))
-    layer = ConvLSTM(C, HIDDEN, 3, bidirectional=True, return_sequences=sequences, dtype=torch.float64)
+    judge.build((N, T, *size, C))
+    layer = ConvLSTM(
+        C, HIDDEN, 3, spatial_dims=len(size), bidirectional=True, return_sequences=sequences, dtype=torch.float64
+    )
+    generator = np.random.default_rng(1)
+    parts = (judge.forward_layer, judge.backward_layer)
+    for weight in (w for part in parts for w in part.cell.weights):
+        weight.assign(generator.normal(size=weight.shape) * 0.5)
     with torch.no_grad():
-        for cell, part in zip(layer.cells, (judge.forward_layer, judge.backward_layer)):
-            cell.weight_ih.copy_(from_keras(part.cell.kernel.value))
-            cell.weight_hh.copy_(from_keras(part.cell.recurrent_kernel.value))
-    x = clips((6, 7))
-    expected = judge(x.movedim(2, -1))
-    assert torch.allclose(layer(x)[0].movedim(2 if sequences else 1, -1), expected, rtol=1e-10, atol=1e-10)
+        for cell, part in zip(layer.cells, parts):
+            for ours, theirs in zip((cell.weight_ih, cell.weight_hh), part.cell.weights):
+                ours.copy_(from_keras(theirs.value))
+            cell.bias.copy_(part.cell.bias.value)
+    x = clips(size)
+    there = torch.ones(N, T, dtype=torch.bool) if lengths is None else torch.arange(T) < torch.tensor(lengths)[:, None]
+    output, (h_n, c_n) = layer(x, None, lengths)
+    expected, *states = judge(x.movedim(2, -1), mask=None if lengths is None else there)
+    if sequences:
+        assert output[~there].eq(0).all()
+        output, expected = output.movedim(2, -1)[there], expected[there]
+    else:
+        output = output.movedim(1, -1)
+    found = [output, *(state[k].movedim(1, -1) for k in (0, 1) for state in (h_n, c_n))]
+    expected = [expected, *states]
+    cotangents = [torch.randn_like(y) for y in found]
+    for one, other in zip(found, expected):
+        assert torch.allclose(one, other, rtol=1e-10, atol=1e-10)
+    inputs = [x, *(p for cell in layer.cells for p in (cell.weight_ih, cell.weight_hh, cell.bias))]
+    judged = [x, *(w.value for part in parts for w in part.cell.weights)]
+    grads = torch.autograd.grad(sum((y * g).sum() for y, g in zip(found, cotangents)), inputs)
+    theirs = torch.autograd.grad(sum((y * g).sum() for y, g in zip(expected, cotangents)), judged)
+    for one, other in zip(grads, theirs):
+        other = other if other.shape == one.shape else from_keras(other)
+        assert torch.allclose(one, other, rtol=1e-10, atol=1e-10)
 
 
 def test_starts_as_keras_starts() -> None:

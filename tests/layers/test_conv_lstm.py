@@ -116,6 +116,37 @@ def test_a_packed_sequence_goes_in_and_out(bidirectional: bool) -> None:
         layer(packed, None, torch.tensor(LENGTHS))
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_list_of_clips_goes_in_and_out(batch_first: bool) -> None:
+    layer, _ = twins(num_layers=2, bidirectional=True, batch_first=batch_first)
+    clips = [torch.randn(length, C, *SIZE, dtype=torch.float64).requires_grad_() for length in LENGTHS]
+    hx = tuple(torch.randn(4, N, HIDDEN, *SIZE, dtype=torch.float64) for _ in range(2))
+    outputs, (h_n, c_n) = layer(clips, hx)
+    assert [len(output) for output in outputs] == LENGTHS
+    for n, clip in enumerate(clips):
+        alone, (h, c) = layer(clip, (hx[0][:, n], hx[1][:, n]))
+        for one, other in ((outputs[n], alone), (h_n[:, n], h), (c_n[:, n], c)):
+            assert torch.allclose(one, other, rtol=1e-10, atol=1e-10)
+        (grad,) = torch.autograd.grad(outputs[n].square().sum(), clip, retain_graph=True)
+        assert torch.allclose(grad, torch.autograd.grad(alone.square().sum(), clip)[0], rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="a list of clips has its own lengths"):
+        layer(clips, None, LENGTHS)
+    layer.return_sequences = False
+    last, (h_n, _) = layer(clips)
+    assert torch.equal(last, torch.cat([*h_n[-2:]], dim=1))
+
+
+def test_a_packed_sequence_takes_states_in_the_order_of_the_clips() -> None:
+    layer, _ = twins(bidirectional=True)
+    x = torch.randn(N, T, C, *SIZE, dtype=torch.float64)
+    hx = tuple(torch.randn(2, N, HIDDEN, *SIZE, dtype=torch.float64) for _ in range(2))
+    packed = pack_padded_sequence(x, torch.tensor(LENGTHS), batch_first=True, enforce_sorted=False)
+    output, states = layer(packed, hx)
+    expected, expected_states = layer(x, hx, LENGTHS)  # lengths may be a list
+    for one, other in zip((pad_packed_sequence(output, batch_first=True)[0], *states), (expected, *expected_states)):
+        assert torch.allclose(one, other, rtol=1e-10, atol=1e-10)
+
+
 def test_time_first() -> None:
     layer, lstm = twins(batch_first=False, num_layers=2)
     x = torch.randn(T, N, C, 1, 1, dtype=torch.float64)
@@ -337,6 +368,45 @@ def test_works_under_torch_func() -> None:
     assert torch.allclose(hessian, hessian.T, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"norm": "group", "norm_groups": 3}], ids=str)
+def test_forward_mode_and_ensembles(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    layers = [ConvLSTM(2, 3, 3, dtype=torch.float64, **options) for _ in range(3)]
+    x = torch.randn(4, 3, 2, 4, 2, dtype=torch.float64)
+    lengths = torch.tensor([3, 1, 2, 3])
+    weights, _ = torch.func.stack_module_state(layers)  # type: ignore[arg-type]
+    skeleton = copy.deepcopy(layers[0]).to("meta")
+
+    def run(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(skeleton, weights, (x, None, lengths))[0]
+
+    for layer, output in zip(layers, torch.func.vmap(run)(weights)):
+        assert torch.allclose(layer(x, None, lengths)[0], output, rtol=1e-10, atol=1e-12)
+    tangent, cotangent = torch.randn_like(x), torch.randn(4, 3, layers[0](x)[0].shape[2], 4, 2, dtype=torch.float64)
+
+    def of_clip(x: Tensor) -> Tensor:
+        return layers[0](x, None, lengths)[0]
+
+    forwards = (torch.func.jvp(of_clip, (x,), (tangent,))[1] * cotangent).sum()
+    backwards = (torch.func.vjp(of_clip, x)[1](cotangent)[0] * tangent).sum()
+    assert torch.allclose(forwards, backwards, rtol=1e-10, atol=1e-12)
+
+
+def test_checkpoints_do_not_stand_in_the_way_of_torch_func() -> None:
+    torch.manual_seed(0)
+    layer = ConvLSTM(2, 3, 3, checkpoint_every=2, dtype=torch.float64)
+    weights = {name: p.detach() for name, p in layer.named_parameters()}
+    x = torch.randn(4, 5, 2, 3, 2, dtype=torch.float64)
+
+    def loss(weights: dict[str, Tensor], clip: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, weights, (clip[None],))[0].square().sum()
+
+    per_clip = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x)
+    layer(x)[0].square().sum().backward()
+    for name, p in layer.named_parameters():
+        assert torch.allclose(per_clip[name].sum(0), p.grad, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -369,8 +439,12 @@ def test_refuses_inputs() -> None:
         layer(torch.zeros(2, 3, 4))
     with pytest.raises(ValueError, match=r"hx must be .* each \(2, N, 5, \*out\) for num_layers=2"):
         layer(torch.zeros(N, T, C, *SIZE), (torch.zeros(1, N, HIDDEN, *SIZE), torch.zeros(1, N, HIDDEN, *SIZE)))
-    with pytest.raises(ValueError, match="weight_ih must have shape"):
+    with pytest.raises(ValueError, match=r"in_channels=3 channels in dimension 2 .* got \(4, 6, 4, 2, 3\)"):
         layer(torch.zeros(N, T, C + 1, *SIZE))
+    with pytest.raises(ValueError, match=r"in_channels=3 channels in dimension 2 and 2 spatial .* got \(1, 2, 3, 4\)"):
+        layer([torch.zeros(2, 3, 4)])
+    with pytest.raises(ValueError, match=r"lengths must be a whole-number tensor"):
+        layer(torch.zeros(N, T, C, *SIZE), None, [1.5, 2.0, 3.0, 4.0])
 
 
 def test_says_what_it_is() -> None:

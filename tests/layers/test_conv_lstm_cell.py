@@ -64,6 +64,8 @@ def test_one_frame_without_a_batch() -> None:
     assert torch.equal(c, cell(x, state)[1][0])
     with pytest.raises(ValueError, match=r"x must be \(N, 3, \*spatial\) with 2 spatial dimensions, got \(5, 6\)"):
         cell(x[0, 0])
+    with pytest.raises(ValueError, match=r"x must have in_channels=3 channels, got shape \(1, 2, 5, 6\)"):
+        cell(x[:, :2])
 
 
 def test_shapes_of_the_parameters() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -41,6 +43,29 @@ def test_padding_is_not_seen() -> None:
         assert torch.allclose(torch.cat([clip[:n] for clip, n in zip(y, lengths.tolist())]), expected, atol=1e-5)
         assert torch.allclose(norm.running_mean, judge.running_mean)
         assert all(y[n, length:].eq(0).all() for n, length in enumerate(lengths.tolist()))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiles_with_lengths(training: bool) -> None:
+    """One graph for clips of any length; batch statistics, which must not count padding, break it."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    frame = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
+    layer = TimeDistributed(frame).train(training)
+    judge = copy.deepcopy(layer)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=not training)
+    for lengths in ([2, 5, 1], [5, 5, 4]):
+        x = torch.randn(3, 5, 2, 4, 4)
+        for n, length in enumerate(lengths):
+            x[n, length:] = float("nan")
+        found, expected = compiled(x, torch.tensor(lengths)), judge(x, lengths)
+        assert torch.allclose(found, expected, atol=1e-6)
+        for one, other in zip(layer.buffers(), judge.buffers()):
+            assert torch.allclose(one, other)
+        found.square().sum().backward()
+        expected.square().sum().backward()
+    for one, other in zip(layer.parameters(), judge.parameters()):
+        assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_refuses_what_is_no_clip() -> None:

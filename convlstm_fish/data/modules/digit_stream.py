@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from convlstm_fish.data.digits import DigitSet, drawn_digits, idx_digits
 from convlstm_fish.data.modules.base import Batch, ResumableDataModule, Samples, require
 
 DEFAULT_PATH = Path("data/mnist")
+FULL_SIZES = {"train": 10_000, "validation": 1_000, "test": 10_000}
+DRAWN_SIZES = {"train": 480, "validation": 48, "test": 240}
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class DigitStream(ResumableDataModule):
     Args:
         path: folder with MNIST's IDX files, or None for ``data/mnist`` and, where that is absent, drawn digits.
         batch_size, num_workers, seed: as in the base class.
-        sizes: sequences of "train" (in an epoch), "validation" and "test".
+        sizes: sequences of "train" (in an epoch), "validation" and "test"; None for those of FULL_SIZES, or of
+            DRAWN_SIZES with digits drawn from a font.
         image_size: side of a frame.
         evaluation_seed: of the validation and test sets.
         digit_size: side that digits are made smaller to by averaging, or None for their own.
@@ -55,16 +59,17 @@ class DigitStream(ResumableDataModule):
         num_workers: int,
         seed: int,
         *,
-        sizes: dict[str, int],
+        sizes: Mapping[str, int | None],
         image_size: int,
         evaluation_seed: int,
         digit_size: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
         for split, size in sizes.items():
-            require(f"{split}_size", size, size >= 1, "1 or more")
+            require(f"{split}_size", size, size is None or size >= 1, "1 or more")
         require("evaluation_seed", evaluation_seed, evaluation_seed >= 0, "0 or more")
-        self.path, self.sizes, self.image_size, self.evaluation_seed = path, sizes, image_size, evaluation_seed
+        self.path, self.image_size, self.evaluation_seed = path, image_size, evaluation_seed
+        self._sizes = dict(sizes)
         self.digit_size = digit_size
         self._digits: DigitSet | None = None
         self._placed: dict[tuple[str, torch.device], tuple[Tensor, Tensor | None]] = {}
@@ -83,15 +88,25 @@ class DigitStream(ResumableDataModule):
             self._digits = digits
         return self._digits
 
+    @property
+    def draws_digits(self) -> bool:
+        """Whether the digits are drawn from a font, there being none on disk."""
+        return self.path is None and not DEFAULT_PATH.is_dir()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sequences of "train" (in an epoch), "validation" and "test"."""
+        usual = DRAWN_SIZES if self.draws_digits else FULL_SIZES
+        return {split: usual[split] if size is None else size for split, size in self._sizes.items()}
+
     def _find_digits(self) -> DigitSet:
-        if self.path is not None:
-            return idx_digits(self.path)
-        if DEFAULT_PATH.is_dir():
-            return idx_digits(DEFAULT_PATH)
+        if not self.draws_digits:
+            return idx_digits(DEFAULT_PATH if self.path is None else self.path)
         digits = drawn_digits()
+        sizes = "/".join(str(size) for size in self.sizes.values())
         _say(
-            f"No digits on disk: using {digits.source}. For MNIST itself put its IDX files into {DEFAULT_PATH} or give "
-            "their folder: --data.path FOLDER"
+            f"No digits on disk: using {digits.source}, {sizes} sequences to train, validate and test. "
+            f"For MNIST itself put its IDX files into {DEFAULT_PATH} or give their folder: --data.path FOLDER"
         )
         return digits
 

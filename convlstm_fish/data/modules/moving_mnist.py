@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlstm_fish.data.modules.base import Batch, Samples, require
+from convlstm_fish.data.modules.base import Batch, ResumableDataModule, Samples, require
 from convlstm_fish.data.modules.digit_stream import DEFAULT_PATH, DigitStream
 from convlstm_fish.data.moving_mnist import moving_digits
 from convlstm_fish.errors import UserError
@@ -24,7 +24,7 @@ class StoredSequences:
         UserError: for a file that is absent or something else.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int | None) -> None:
         try:
             frames = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
@@ -34,6 +34,7 @@ class StoredSequences:
             ) from error
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[0] != 20 or frames.shape[2:] != (64, 64):
             raise UserError(f"{path}: holds {frames.dtype} {frames.shape}, expected uint8 (20, sequences, 64, 64)")
+        size = frames.shape[1] if size is None else size
         if frames.shape[1] < size:
             raise UserError(f"test_size: {path} has {frames.shape[1]} sequences, not {size}")
         self.path, self.size, self.frames = path, size, frames
@@ -63,10 +64,11 @@ class MovingMNIST(DigitStream):
         batch_size: sequences per batch and process.
         context_frames: frames given.
         future_frames: frames to predict.
-        train_size: sequences in an epoch.
-        validation_size, test_size: sequences in the fixed sets.
+        train_size: sequences in an epoch; None for 10,000, or 480 with drawn digits, so that a trial is soon over.
+        validation_size, test_size: sequences in the fixed sets; None for 1,000 and 10,000, or 48 and 240.
         test_set: "generated", or "standard" for the published 10,000 sequences (``mnist_test_seq.npy`` in ``path``
-            or in ``path/MovingMNIST``, where torchvision puts it), of which the first test_size are used.
+            or in ``path/MovingMNIST``, where torchvision puts it), of which the first test_size are used (None for
+            all). Testing on them needs no digits.
         image_size: side of a frame.
         digits_per_clip: digits in a sequence.
         step_length: way of a digit per frame as a fraction of its free way.
@@ -87,9 +89,9 @@ class MovingMNIST(DigitStream):
         *,
         context_frames: int = 10,
         future_frames: int = 10,
-        train_size: int = 10_000,
-        validation_size: int = 1_000,
-        test_size: int = 10_000,
+        train_size: int | None = None,
+        validation_size: int | None = None,
+        test_size: int | None = None,
         test_set: str = "generated",
         image_size: int = 64,
         digits_per_clip: int = 2,
@@ -128,12 +130,23 @@ class MovingMNIST(DigitStream):
         """(T, C, H, W) of ``video``."""
         return self.context_frames, 1, self.image_size, self.image_size
 
+    def setup(self, stage: str) -> None:
+        """Read the digits, or open the standard test set where it is all that is asked for."""
+        if self._stored(stage):
+            ResumableDataModule.setup(self, stage)
+            self._split(stage)
+        else:
+            super().setup(stage)
+
+    def _stored(self, split: str) -> bool:
+        return self.test_set == "standard" and split in ("test", "predict")
+
     def samples(self, split: str) -> Samples:
         """See the base class."""
-        if split in ("test", "predict") and self.test_set == "standard":
+        if self._stored(split):
             root = Path(self.path) if self.path is not None else DEFAULT_PATH
             inside = root / "MovingMNIST" / STANDARD_FILE
-            return StoredSequences(inside if inside.exists() else root / STANDARD_FILE, self.sizes["test"])
+            return StoredSequences(inside if inside.exists() else root / STANDARD_FILE, self._sizes["test"])
         return super().samples(split)
 
     def sequences(self, split: str, keys: Tensor) -> Tensor:

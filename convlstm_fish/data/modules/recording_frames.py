@@ -105,6 +105,8 @@ class RecordingFrames(ResumableDataModule):
 
     Batches: ``video`` (N, context_frames, 1, H, W) and ``future`` (N, future_frames, 1, H, W) in [0, 1], ``index`` (N,)
         the first frame of each sequence; in a folder of recordings frames are counted on from one to the next.
+        Prediction goes through whole recordings up to their last frame and needs no future: its batches have
+        ``future_frames``, a number, instead.
 
     Raises:
         UserError: for an option or a recording that cannot be used.
@@ -173,18 +175,19 @@ class RecordingFrames(ResumableDataModule):
             self._split(split)
 
     def samples(self, split: str) -> Samples:
-        """The sequences of "train", "validation" or "test"; "predict" is "test"."""
-        split = "test" if split == "predict" else split
-        training = split == "train"
-        total = self.context_frames + self.future_frames
+        """The sequences of "train", "validation", "test" or "predict", whose last one ends with its recording."""
+        training, predicting = split == "train", split == "predict"
+        total = self.context_frames + (0 if predicting else self.future_frames)
         span = (total - 1) * self.frame_step + 1
-        starts = []
+        starts, longest = [], 0
         for number, recording in enumerate(self.recordings):
-            first, stop = recording.splits.get(split, (0, 0))
+            first, stop = (0, len(recording)) if predicting else recording.splits.get(split, (0, 0))
+            longest = max(longest, stop - first)
             own = np.arange(first, stop - span + 1, self.stride if training else self.eval_stride)
+            if predicting and len(own):
+                own += stop - span - own[-1]
             starts.append(np.stack([np.full_like(own, number), own], axis=1))
         if not sum(map(len, starts)):
-            longest = max(b - a for a, b in (r.splits.get(split, (0, 0)) for r in self.recordings))
             raise UserError(
                 f"{self.path}: {split} has at most {longest} frames in one piece, a sequence of {total} frames with "
                 f"frame_step {self.frame_step} needs {span}: give fewer frames, a smaller step or other splits"
@@ -206,5 +209,9 @@ class RecordingFrames(ResumableDataModule):
         if self.augmentation is not None and "augmentation" in batch:
             numbers, seeds = batch.pop("augmentation"), batch.pop("noise_seed")
             frames = self.augmentation.apply(frames, numbers, seeds, self._dtype())
-        batch["video"], batch["future"] = frames[:, : self.context_frames], frames[:, self.context_frames :]
+        batch["video"], future = frames[:, : self.context_frames], frames[:, self.context_frames :]
+        if future.shape[1]:
+            batch["future"] = future
+        else:
+            batch["future_frames"] = self.future_frames
         return super().on_after_batch_transfer(batch, dataloader_idx)

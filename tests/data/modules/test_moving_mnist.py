@@ -150,6 +150,20 @@ def test_standard_test_set(tmp_path: Path) -> None:
         StoredSequences(tmp_path / "mnist_test_seq.npy", 3)
 
 
+def test_the_standard_test_set_needs_no_digits(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (20, 7, 64, 64), dtype=np.uint8)
+    np.save(tmp_path / "mnist_test_seq.npy", frames)
+    recorder = Recorder()
+    trainer(tmp_path).test(recorder, small(str(tmp_path), test_set="standard"), verbose=False)
+    assert sum(len(batch["video"]) for batch in recorder.seen) == 7
+    assert len(small(str(tmp_path), test_set="standard", test_size=None).samples("test")) == 7
+    with pytest.raises(UserError, match="no train-images-idx3-ubyte"):
+        small(str(tmp_path), test_set="standard").setup("fit")
+    (tmp_path / "mnist_test_seq.npy").unlink()
+    with pytest.raises(UserError, match=r"mnist_test_seq.npy: cannot be read"):
+        small(str(tmp_path), test_set="standard").setup("test")
+
+
 def write_digits(folder: Path, labels: bool = False) -> None:
     images = np.random.default_rng(1).integers(1, 256, (24, 28, 28), dtype=np.uint8)
     header = bytes((0, 0, 8, 3, 0, 0, 0, 24, 0, 0, 0, 28, 0, 0, 0, 28))
@@ -166,10 +180,16 @@ def test_digits_are_looked_for(
     data = small()
     data.setup("fit")
     assert "drawn from a font" in data.digits.source
-    assert "--data.path" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "--data.path" in told
+    assert "12/5/7 sequences" in told
+    assert MovingMNIST().sizes == {"train": 480, "validation": 48, "test": 240}
+    assert len(MovingMNIST(train_size=7).samples("train")) == 7
     (tmp_path / "data" / "mnist").mkdir(parents=True)
     write_digits(tmp_path / "data" / "mnist")
     assert small().digits.source == "IDX files in data/mnist"
+    assert MovingMNIST().sizes == MovingMNIST("elsewhere").sizes
+    assert len(MovingMNIST().samples("test")) == 10_000
     with pytest.raises(UserError, match="elsewhere"):
         small("elsewhere").setup("fit")
 

@@ -8,12 +8,14 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from convlstm_fish.data.clips import nearest
 from convlstm_fish.data.modules.recording_frames import RecordingFrames, open_recordings
 from convlstm_fish.data.recording import RecordingWriter
 from convlstm_fish.errors import UserError
+from convlstm_fish.tasks import FramePrediction
 
 
 def write(path: Path, frames: int, seed: int = 0, size: tuple[int, int] = (9, 12)) -> np.ndarray:
@@ -54,7 +56,25 @@ def test_sequences_hold_the_frames_they_should(tmp_path: Path) -> None:
             whole = torch.cat([item["video"], item["future"]], 1)[0, :, 0].numpy()
             np.testing.assert_allclose(whole, small[start : start + 17 : 4], rtol=1e-6)
             assert item["video"].shape == (1, *data.input_shape)
-    assert len(cut(data, "predict")) == len(cut(data, "test"))
+
+
+def test_prediction_reaches_the_last_frame_and_needs_no_future(tmp_path: Path) -> None:
+    pixels = write(tmp_path / "tank", 41)
+    data = RecordingFrames(
+        str(tmp_path / "tank"), context_frames=3, future_frames=7, frame_step=2, image_size=(9, 12), eval_stride=10
+    )
+    items = cut(data, "predict")
+    assert [int(item["index"]) for item in items] == [6, 16, 26, 36]
+    np.testing.assert_allclose(items[-1]["video"][0, :, 0].numpy(), pixels[36:41:2] / np.float32(255), rtol=1e-6)
+    assert [(item["future_frames"], "future" in item) for item in items] == [(7, False)] * 4
+    task = FramePrediction("stacked", hidden_channels=[2], kernel_size=3, patch_size=3)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    said = trainer.predict(task, data)
+    assert said is not None
+    assert torch.cat([part["index"] for part in said]).tolist() == [6, 16, 26, 36]
+    assert said[0]["frames"].shape == (4, 7, 1, 9, 12)
+    with pytest.raises(UserError, match=r"predict has at most 41 frames .* needs 59"):
+        RecordingFrames(str(tmp_path / "tank"), context_frames=30, frame_step=2).setup("predict")
 
 
 def test_flips_are_the_same_for_what_is_given_and_what_follows(tmp_path: Path) -> None:
