@@ -19,7 +19,7 @@ from jsonargparse import ArgumentParser
 from pytorch_lightning.cli import LightningArgumentParser
 
 from convlstm_fish.errors import UserError
-from convlstm_fish.tasks.checkpoint_io import check_checkpoint, load_checkpoint, newest_good
+from convlstm_fish.tasks.checkpoint_io import check_checkpoint, hyper_parameters, load_checkpoint, newest_good
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 SWITCHES = ("--use_amp", "--tensorboard", "--test_after_fit")
@@ -268,7 +268,7 @@ def normalise(args: Sequence[str]) -> Request:
         if run is not None and option(rest, "--run_dir") is None:
             run_dir = run.parent
     arguments = [part for path in configs for part in ("--config", path)]
-    if checkpoint is not None and (known := load_checkpoint(checkpoint).get("hyper_parameters")):
+    if checkpoint is not None and (known := hyper_parameters(checkpoint, load_checkpoint(checkpoint))):
         arguments += ["--config", json.dumps({"model": {"init_args": known}})]
     return Request(subcommand, arguments + rest, run_dir, checkpoint)
 

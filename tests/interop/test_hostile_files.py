@@ -408,7 +408,7 @@ def test_checkpoint_with_a_pickle(tmp_path: Path, marker: Path) -> None:
 def test_checkpoint_of_something_else(tmp_path: Path) -> None:
     path = tmp_path / "model.ckpt"
     torch.save({"state_dict": {}, "hyper_parameters": {"in_channels": 1}}, path)
-    with pytest.raises(UserError, match="not a checkpoint of ClipClassification"):
+    with pytest.raises(UserError, match="does not fit ClipClassification: network"):
         load_classifier(path)
 
 
