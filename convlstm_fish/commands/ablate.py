@@ -26,7 +26,7 @@ HELP = "Run ablations: change one factor of a base experiment at a time, over se
 BASE_LEVEL = "base"
 RESULT = "metrics.json"
 
-# Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond the table the normal one.
+# Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond the table by Cornish and Fisher's expansion.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
@@ -226,8 +226,14 @@ def _half_width(values: Sequence[float]) -> float:
     if len(values) < 2:
         return math.nan
     freedom = len(values) - 1
-    quantile = _T95[freedom - 1] if freedom <= len(_T95) else 1.96
-    return quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return _quantile(freedom) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _quantile(freedom: int) -> float:
+    if freedom <= len(_T95):
+        return _T95[freedom - 1]
+    z = 1.95996
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def _cells(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -139,3 +140,10 @@ def test_command_is_the_ordinary_fit(tmp_path: Path) -> None:
     (tmp_path / "r" / "version_0").mkdir(parents=True)
     (tmp_path / "r" / "version_0" / "last.ckpt").touch()
     assert ablate.run_command(run, [])[-1] == "--ckpt_path=last"
+
+
+@pytest.mark.parametrize(("runs", "quantile"), [(2, 12.706), (11, 2.228), (12, 2.201), (21, 2.086), (101, 1.984)])
+def test_interval_is_students_for_any_number_of_seeds(runs: int, quantile: float) -> None:
+    values = list(range(runs))
+    expected = quantile * statistics.stdev(values) / math.sqrt(runs)
+    assert ablate._half_width(values) == pytest.approx(expected, rel=1e-3)
