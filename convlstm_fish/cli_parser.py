@@ -60,8 +60,15 @@ class OneLineErrors:
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print ``message`` and exit."""
+        if absent := re.search(r"arguments are required: (.+)$", str(message)):
+            names = [self._as_typed(name) for name in absent[1].split(", ")]
+            message = f"{', '.join(names)}: must be given"
         sys.stderr.write(f"error: {told_shortly(message)} (see --help)\n")
         sys.exit(2)
+
+    def _as_typed(self, name: str) -> str:
+        options: dict[str, Any] = getattr(self, "_option_string_actions", {})
+        return f"--{name}" if f"--{name}" in options else name
 
 
 class TrainerParser(OneLineErrors, LightningArgumentParser):

@@ -344,7 +344,8 @@ def test_errors_are_one_line_and_exit_code_2(
     [
         (["train"], "train: no such command"),
         (["test"], "no run with a checkpoint below"),
-        (["simulate"], "required: out"),
+        (["simulate"], "--out: must be given"),
+        (["import-keras"], "source, --out: must be given"),
         (["simulate", "--out", "x", "--minutes", "long"], "minutes"),
         (["prepare", "absent.avi", "--out", "x"], "absent.avi"),
         (["simulate", "--out", "x", "--minute", "1"], "--minute"),
