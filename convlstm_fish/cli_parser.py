@@ -19,7 +19,7 @@ from jsonargparse import ArgumentParser
 from pytorch_lightning.cli import LightningArgumentParser
 
 from convlstm_fish.errors import UserError
-from convlstm_fish.tasks.checkpoint_io import check_checkpoint, load_checkpoint, newest_good
+from convlstm_fish.tasks.checkpoint_io import check_checkpoint, hyper_parameters, load_checkpoint, newest_good
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 SWITCHES = ("--use_amp", "--tensorboard", "--test_after_fit", "--cuda_graphs")
@@ -60,8 +60,15 @@ class OneLineErrors:
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print ``message`` and exit."""
+        if absent := re.search(r"arguments are required: (.+)$", str(message)):
+            names = [self._as_typed(name) for name in absent[1].split(", ")]
+            message = f"{', '.join(names)}: must be given"
         sys.stderr.write(f"error: {told_shortly(message)} (see --help)\n")
         sys.exit(2)
+
+    def _as_typed(self, name: str) -> str:
+        options: dict[str, Any] = getattr(self, "_option_string_actions", {})
+        return f"--{name}" if f"--{name}" in options else name
 
 
 class TrainerParser(OneLineErrors, LightningArgumentParser):
@@ -268,7 +275,7 @@ def normalise(args: Sequence[str]) -> Request:
         if run is not None and option(rest, "--run_dir") is None:
             run_dir = run.parent
     arguments = [part for path in configs for part in ("--config", path)]
-    if checkpoint is not None and (known := load_checkpoint(checkpoint).get("hyper_parameters")):
+    if checkpoint is not None and (known := hyper_parameters(checkpoint, load_checkpoint(checkpoint))):
         arguments += ["--config", json.dumps({"model": {"init_args": known}})]
     return Request(subcommand, arguments + rest, run_dir, checkpoint)
 

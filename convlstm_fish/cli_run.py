@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
+import sys
+import traceback
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -44,7 +47,13 @@ from convlstm_fish.tasks.callbacks import (
     StepSeed,
     TrainingMonitor,
 )
-from convlstm_fish.tasks.checkpoint_io import SafeCheckpointIO, load_checkpoint
+from convlstm_fish.tasks.checkpoint_io import (
+    SafeCheckpointIO,
+    check_moments,
+    check_weights,
+    hyper_parameters,
+    load_checkpoint,
+)
 from convlstm_fish.tensorboard_server import TensorBoardServer
 
 _TRAINER_DEFAULTS = {
@@ -77,6 +86,7 @@ class FishCLI(LightningCLI):
 
     def __init__(self, request: Request) -> None:
         self.arguments, self.run_dir, self.checkpoint = request.arguments, request.run_dir, request.checkpoint
+        self.subcommand_asked = request.subcommand
         self.saved: dict[str, Any] = load_checkpoint(self.checkpoint) if self.checkpoint else {}
         self.source = self.checkpoint
         super().__init__(
@@ -132,8 +142,33 @@ class FishCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; LightningCLI would warn that a program may have arguments of its own."""
-        self.config = parser.parse_args(args)
+        """Parse; LightningCLI would warn that a program may have arguments of its own.
+
+        A checkpoint's hyper-parameters are a config without a file name: where they alone are wrong, it is told.
+        """
+        told = io.StringIO()
+        try:
+            with redirect_stderr(told):
+                self.config = parser.parse_args(args)
+        except SystemExit as stop:
+            if stop.code and self._parses_without_checkpoint(parser):
+                reason = told.getvalue().strip().removeprefix("error: ").removesuffix(" (see --help)")
+                raise UserError(f"checkpoint {self.checkpoint}: its hyper-parameters are refused: {reason}") from None
+            sys.stderr.write(told.getvalue())
+            raise
+        sys.stderr.write(told.getvalue())
+
+    def _parses_without_checkpoint(self, parser: LightningArgumentParser) -> bool:
+        pairs = list(zip(self.arguments, [*self.arguments[1:], ""]))
+        at = next((k for k, (a, b) in enumerate(pairs) if a == "--config" and b.startswith("{")), None)
+        if at is None or self.checkpoint is None:
+            return False
+        try:
+            with redirect_stderr(io.StringIO()):
+                parser.parse_args([self.subcommand_asked, *self.arguments[:at], *self.arguments[at + 2 :]])
+        except SystemExit:
+            return False
+        return True
 
     def _parse_ckpt_path(self) -> None:
         # LightningCLI lets a checkpoint's hyper-parameters beat the command line; here they are a config before it.
@@ -169,7 +204,7 @@ class FishCLI(LightningCLI):
         if config.weights:
             raise UserError("--weights: starts a new run, and --ckpt_path goes on with an old one; give one of them")
         now = config.model.init_args
-        for name, before in self.saved.get("hyper_parameters", {}).items():
+        for name, before in hyper_parameters(self.source or "", self.saved).items():
             if name != "backend" and name in now and _plain(now[name]) != _plain(before):
                 raise UserError(
                     f"--model.{name} {now[name]}: the checkpoint was trained with {before}, and a resumed run keeps "
@@ -190,7 +225,8 @@ class FishCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, MisconfigurationException) as error:
-            raise UserError(told_shortly(error)) from error
+            settings = f" (with the settings of checkpoint {self.checkpoint})" if self.checkpoint else ""
+            raise UserError(f"{told_shortly(error)}{settings}") from error
         self._check_clips()
         self._check_weights()
 
@@ -260,14 +296,10 @@ class FishCLI(LightningCLI):
         state = self.saved.get("state_dict")
         if state is None:
             return
-        own = self.model.state_dict()
-        for name in [*own, *state]:
-            shapes = [tuple(part[name].shape) if name in part else None for part in (own, state)]
-            if shapes[0] != shapes[1]:
-                raise UserError(
-                    f"checkpoint {self.source}: does not fit {type(self.model).__name__}: {name} is "
-                    f"{shapes[1] or 'absent'} in the file and {shapes[0] or 'absent'} in the model asked for"
-                )
+        source = self.source or ""
+        check_weights(source, state, self.model.state_dict(), type(self.model).__name__)
+        if self.subcommand == "fit" and self.checkpoint:
+            check_moments(source, self.saved.get("optimizer_states"), list(self.model.parameters()))
 
     # -- running -------------------------------------------------------------------------------------------------------
 
@@ -288,6 +320,14 @@ class FishCLI(LightningCLI):
                 raise UserError(f"out of GPU memory ({text}); try a smaller --batch_size or --use_amp") from None
             except MisconfigurationException as error:
                 raise UserError(str(error)) from error
+            except Exception as error:
+                if self.checkpoint is None or not _while_restoring(error):
+                    raise
+                anew = f"; --weights {self.checkpoint} starts anew from its weights" if subcommand == "fit" else ""
+                reason = f"{type(error).__name__}: {error}"
+                raise UserError(
+                    f"checkpoint {self.checkpoint}: its state cannot be restored ({reason}){anew}"
+                ) from error
 
     def run_fit(self) -> None:
         """Train, and test the best checkpoint where the config asks for it."""
@@ -330,6 +370,14 @@ class FishCLI(LightningCLI):
 def _mixed(accelerator: str) -> str:
     on_gpu = accelerator != "cpu" and torch.cuda.is_available()
     return "16-mixed" if on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False) else "bf16-mixed"
+
+
+def _while_restoring(error: Exception) -> bool:
+    """Whether an error was raised while Lightning put a checkpoint's content where it belongs."""
+    if isinstance(error, UserError):
+        return False
+    names = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return "pytorch_lightning.trainer.connectors.checkpoint_connector" in names
 
 
 def _plain(value: Any) -> Any:

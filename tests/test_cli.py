@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import os
@@ -417,7 +418,8 @@ def test_errors_are_one_line_and_exit_code_2(
     [
         (["train"], "train: no such command"),
         (["test"], "no run with a checkpoint below"),
-        (["simulate"], "required: out"),
+        (["simulate"], "--out: must be given"),
+        (["import-keras"], "source, --out: must be given"),
         (["simulate", "--out", "x", "--minutes", "long"], "minutes"),
         (["prepare", "absent.avi", "--out", "x"], "absent.avi"),
         (["simulate", "--out", "x", "--minute", "1"], "--minute"),
@@ -431,6 +433,83 @@ def test_errors_of_commands(
     error = capsys.readouterr().err
     assert told in error
     assert error.count("\n") == 1
+
+
+WEIGHT = "network.layers.0.cells.0.weight_ih"
+LEFT_OUT = "its hyper-parameters are not names with numbers"
+NOT_RESTORED = "its state cannot be restored"
+
+
+@pytest.fixture(scope="module")
+def trained(small_tank: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[str, Any]]:
+    """Options that train in a second, and the checkpoint that they gave."""
+    folder = tmp_path_factory.mktemp("trained")
+    options = [
+        *("--config", "quickstart", f"--data.path={small_tank}", "--data.simulate=null", "--n_gpus=0"),
+        *("--data.batch_size=8", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"),
+        *("--model.stem_channels=[]", "--trainer.max_epochs=1", "--test_after_fit=false", f"--run_dir={folder}"),
+    ]
+    assert main(["fit", *options]) == 0
+    return options, load_checkpoint(next(folder.rglob("last.ckpt")))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "told"),
+    [
+        (("hyper_parameters", "lr"), torch.ones(2), LEFT_OUT),
+        (("hyper_parameters", "lr"), b"x", LEFT_OUT),
+        (("hyper_parameters", 5), 5, LEFT_OUT),
+        (("hyper_parameters",), [1, 2], LEFT_OUT),
+        (("hyper_parameters", "foo"), 1, "its hyper-parameters are refused: Option 'foo' is not accepted"),
+        (("hyper_parameters", "lr"), "fast", "its hyper-parameters are refused: lr: expected float"),
+        (("hyper_parameters", "head"), {"class_path": "subprocess.Popen"}, "refused: head: expected str"),
+        (("hyper_parameters", "head"), "sum", "(with the settings of checkpoint"),
+        (("state_dict", WEIGHT), 5, f"{WEIGHT} is no tensor but int in the file"),
+        (("state_dict", WEIGHT), torch.ones(2), f"{WEIGHT} is (2,) in the file"),
+        (("state_dict", 7), torch.ones(1), "7 is (1,) in the file and absent"),
+        (("state_dict",), {}, "is absent in the file"),
+        (("state_dict", WEIGHT), bool, f"{WEIGHT} is torch.bool in the file and torch.float32"),
+        (("state_dict", WEIGHT), torch.complex64, f"{WEIGHT} is torch.complex64 in the file"),
+        (("state_dict", WEIGHT), float("nan"), f"{WEIGHT} holds values that are not finite"),
+        (("optimizer_states",), [1], NOT_RESTORED),
+        (("optimizer_states", 0, "param_groups"), [], NOT_RESTORED),
+        (("optimizer_states", 0, "state", 0, "exp_avg"), torch.ones(3), "optimizer's exp_avg of parameter 0 has shape"),
+        (("optimizer_states", 0, "state", 99), {}, "its optimizer's state is not that of"),
+        (("lr_schedulers",), [{"x": 1}], NOT_RESTORED),
+        (("loops",), 5, NOT_RESTORED),
+        (("loops",), {}, NOT_RESTORED),
+        (("callbacks",), 5, NOT_RESTORED),
+        (("FishClips",), 5, NOT_RESTORED),
+        (("pytorch-lightning_version",), 5, NOT_RESTORED),
+    ],
+)
+def test_a_foreign_checkpoint_is_refused_in_one_line(
+    trained: tuple[list[str], dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    place: tuple[Any, ...],
+    value: Any,
+    told: str,
+) -> None:
+    options, content = trained
+    content = copy.deepcopy(content)
+    inner: Any = content
+    for key in place[:-1]:
+        inner = inner[key]
+    if isinstance(value, float | type | torch.dtype):  # of the weight that is there
+        kind = torch.bool if value is bool else value
+        value = inner[place[-1]] * value if isinstance(value, float) else inner[place[-1]].to(kind)
+    inner[place[-1]] = value
+    path = tmp_path / "foreign.ckpt"
+    torch.save(content, path)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["fit", *options, "--trainer.max_epochs=2", f"--run_dir={tmp_path}", "--ckpt_path", str(path)]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert str(path) in lines[0]
+    assert told in lines[0]
+    assert not [p for p in tmp_path.rglob("*.ckpt") if p not in before]
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_clips(

@@ -67,3 +67,17 @@ def test_the_quick_start_learns_within_minutes(tmp_path: Path, monkeypatch: pyte
     (metrics,) = tmp_path.rglob("metrics.json")
     (row,) = [row for row in json.loads(metrics.read_text())["rows"] if row["name"] == "quickstart"]
     assert row["auc"] > 0.75
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.timeout(1200)
+def test_the_chase_network_beats_every_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["--config", "fish_chase", "--n_gpus=1", "--use_amp=True"]) == 0
+    (path,) = tmp_path.rglob("metrics.json")
+    metrics = json.loads(path.read_text())
+    assert [row["name"] for row in metrics["rows"] if row["undefined"]] == []
+    assert len(metrics["auc_differences"]) == 5
+    assert all(difference["interval"][0] > 0 for difference in metrics["auc_differences"])
+    assert "beats every baseline of the panel" in metrics["verdicts"]["fish_chase"]

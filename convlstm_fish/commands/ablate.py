@@ -6,15 +6,18 @@ import argparse
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -26,7 +29,7 @@ HELP = "Run ablations: change one factor of a base experiment at a time, over se
 BASE_LEVEL = "base"
 RESULT = "metrics.json"
 
-# Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond the table the normal one.
+# Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond the table by Cornish and Fisher's expansion.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
@@ -121,46 +124,111 @@ def run_command(run: Run, extra: Sequence[str]) -> list[str]:
     return command
 
 
-def _execute(run: Run, extra: Sequence[str], devices: Sequence[str], slot: int) -> Run:
+class _Children:
+    """The trainings that are running, so that none outlives this command."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._stopped = False
+
+    def run(self, command: Sequence[str], log: IO[str], environment: Mapping[str, str]) -> int:
+        """Run ``command`` to its end; the exit code."""
+        with self._lock:
+            if self._stopped:
+                return 128 + signal.SIGTERM
+            child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            self._running.add(child)
+        try:
+            return child.wait()
+        finally:
+            with self._lock:
+                self._running.discard(child)
+
+    def stop(self) -> None:
+        """Ask all to stop, which they do after the current step with a checkpoint; start no more."""
+        with self._lock:
+            self._stopped = True
+            for child in self._running:
+                child.terminate()
+
+
+@contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """SIGTERM, which would end this process at once and leave its trainings behind, raises SystemExit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals can be handled in the main thread only
+        return
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _execute(run: Run, extra: Sequence[str], settings: Mapping[str, str], children: _Children) -> Run:
     run.folder.mkdir(parents=True, exist_ok=True)
-    environment = dict(os.environ)
-    if devices:
-        environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
+    environment = {**os.environ, **settings}
     started = time.monotonic()
     with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
-        done = subprocess.run(
-            run_command(run, extra), stdout=log, stderr=subprocess.STDOUT, env=environment, check=False
-        )
-    seconds = time.monotonic() - started
-    if done.returncode or run.result() is None:
+        code = children.run(run_command(run, extra), log, environment)
+    # A run that was stopped and goes on has taken the time of all its parts.
+    seconds = time.monotonic() - started + _seconds(run)
+    _write(run.folder / "seconds.json", json.dumps(seconds))
+    if code or run.result() is None:
         lines = (run.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        run.error = f"exit code {done.returncode}: {lines[-1].strip() if lines else 'it printed nothing'}"
-    else:
-        (run.folder / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
+        run.error = f"exit code {code}: {lines[-1].strip() if lines else 'it printed nothing'}"
     return run
+
+
+def _seconds(run: Run) -> float:
+    path = run.folder / "seconds.json"
+    return float(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else 0.0
+
+
+def _settings(slot: int, jobs: int, devices: Sequence[str]) -> dict[str, str]:
+    """What a run gets of the machine: one GPU, and the processors divided among the jobs, or they fight for them."""
+    settings = {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if devices else {}
+    if jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
+        settings["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    return settings
 
 
 def execute(runs: Sequence[Run], extra: Sequence[str], jobs: int, devices: Sequence[str]) -> None:
     """Train what is not finished yet, ``jobs`` runs at a time, spread over the CUDA ``devices`` if there are any.
 
-    A run that fails does not stop the others; its ``error`` tells why.
+    A run that fails does not stop the others; its ``error`` tells why. Ctrl-C or SIGTERM stops the runs that are under
+    way, each with a checkpoint, before it ends this process.
     """
     waiting = [run for run in runs if run.result() is None]
     # The first run alone makes whatever data does not exist yet; the others find it.
-    first, rest = (waiting[:1], waiting[1:]) if jobs > 1 else ([], waiting)
-    with progress() as bar, ThreadPoolExecutor(jobs) as pool:
-        task = bar.add_task("Ablation runs", total=len(runs), completed=len(runs) - len(waiting))
-        for run in first:
-            _execute(run, extra, devices, 0)
-            bar.advance(task)
-        futures = [pool.submit(_execute, run, extra, devices, number) for number, run in enumerate(rest)]
-        try:
-            for _ in as_completed(futures):
-                bar.advance(task)
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
+    groups = [waiting[:1], waiting[1:]] if jobs > 1 else [waiting]
+    children = _Children()
+    try:
+        with _sigterm_exits(), progress() as bar, ThreadPoolExecutor(jobs) as pool:
+            task = bar.add_task("Ablation runs", total=len(runs), completed=len(runs) - len(waiting))
+            for group in groups:
+                futures = [
+                    pool.submit(_execute, run, extra, _settings(slot, jobs, devices), children)
+                    for slot, run in enumerate(group)
+                ]
+                try:
+                    for future in as_completed(futures):
+                        future.result()
+                        bar.advance(task)
+                except BaseException:
+                    for future in futures:
+                        future.cancel()
+                    children.stop()
+                    raise
+    except (KeyboardInterrupt, SystemExit):
+        done = sum(run.result() is not None for run in runs)
+        sys.stderr.write(f"stopped: {done} of {len(runs)} runs are finished; the same command goes on from here\n")
+        raise
 
 
 @dataclass(frozen=True)
@@ -179,9 +247,19 @@ class Row:
 
 
 def model_metrics(path: Path) -> dict[str, Any]:
-    """AUC and average precision of the trained model from the result file of a test."""
+    """AUC and average precision of the trained model from the result file of a test.
+
+    Raises:
+        UserError: where the test gave no AUC.
+    """
     content = json.loads(path.read_text(encoding="utf-8"))
-    return dict(content["rows"][0])
+    rows = content.get("rows")
+    if not rows:
+        raise UserError(f"{path}: holds no AUC; the base config of an ablation classifies clips of a recording")
+    row = dict(rows[0])
+    if row.get("auc") is None:
+        raise UserError(f"{path}: the AUC is {row.get('undefined') or 'absent'}")
+    return row
 
 
 def summarise(plan: Mapping[tuple[str, str, int], Run]) -> list[Row]:
@@ -189,10 +267,12 @@ def summarise(plan: Mapping[tuple[str, str, int], Run]) -> list[Row]:
     for run in plan.values():
         path = run.result()
         if path is not None and not run.metrics:
-            run.metrics = model_metrics(path)
-            seconds = run.folder / "seconds.json"
-            if seconds.is_file():
-                run.metrics["seconds"] = json.loads(seconds.read_text(encoding="utf-8"))
+            try:
+                run.metrics = model_metrics(path)
+            except UserError as error:
+                run.error = str(error)
+                continue
+            run.metrics["seconds"] = _seconds(run) or math.nan
     rows = []
     groups: dict[tuple[str, str], dict[int, Run]] = {}
     for (factor, level, seed), run in plan.items():
@@ -216,7 +296,7 @@ def summarise(plan: Mapping[tuple[str, str, int], Run]) -> list[Row]:
                 average_precision=statistics.fmean(float(run.metrics["average_precision"]) for run in by_seed.values()),
                 delta=statistics.fmean(deltas) if deltas else math.nan,
                 delta_half_width=_half_width(deltas),
-                seconds=statistics.fmean(float(run.metrics.get("seconds", math.nan)) for run in by_seed.values()),
+                seconds=statistics.fmean(float(run.metrics["seconds"]) for run in by_seed.values()),
             )
         )
     return rows
@@ -226,8 +306,14 @@ def _half_width(values: Sequence[float]) -> float:
     if len(values) < 2:
         return math.nan
     freedom = len(values) - 1
-    quantile = _T95[freedom - 1] if freedom <= len(_T95) else 1.96
-    return quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return _quantile(freedom) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _quantile(freedom: int) -> float:
+    if freedom <= len(_T95):
+        return _T95[freedom - 1]
+    z = 1.95996
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def _cells(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
@@ -291,6 +377,13 @@ def write_plot(rows: Sequence[Row], path: Path) -> None:
     _write(path, figure.to_html(include_plotlyjs=True, full_html=True))
 
 
+def _numbers(row: Row) -> dict[str, Any]:
+    """The row for JSON, which has no NaN."""
+    return {
+        name: None if isinstance(value, float) and math.isnan(value) else value for name, value in vars(row).items()
+    }
+
+
 def _write(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(text, encoding="utf-8")
@@ -341,7 +434,7 @@ def ablate(
     rows = summarise(plan)
     if rows:
         _write(folder / "ablation.md", markdown(rows))
-        _write(folder / "ablation.json", json.dumps([vars(row) for row in rows], indent=1))
+        _write(folder / "ablation.json", json.dumps([_numbers(row) for row in rows], indent=1, allow_nan=False))
         write_plot(rows, folder / "ablation.html")
     failed = [run for run in unique if run.error]
     if failed:

@@ -13,7 +13,7 @@ import jsonargparse
 import numpy as np
 import numpy.typing as npt
 
-from convlstm_fish.data.labels import BURST_C, HORIZON_SECONDS, chase_labels
+from convlstm_fish.data.labels import BURST_C, HORIZON_SECONDS, chase_labels, horizon_frames_of
 from convlstm_fish.errors import UserError
 from convlstm_fish.evaluate import MotionLSTMConfig, evaluate, print_table, write_report
 from convlstm_fish.evaluate.baselines import PUBLISHED_CLIP, scaled_frames
@@ -149,13 +149,28 @@ def run_files(args: argparse.Namespace) -> Evaluation:
     """Load what ``args`` names and evaluate it."""
     positive_number("--fps", args.fps)
     motion = load_series("--motion", args.motion)
+    horizon = horizon_frames_of(positive_number("--horizon_seconds", args.horizon_seconds), args.fps)
+    if horizon >= len(motion):
+        raise UserError(
+            f"--horizon_seconds: {args.horizon_seconds:g} s are {horizon} frames, and --motion has {len(motion)}"
+        )
     paths = named_paths(args.probabilities)
     series = {name: load_series(f"--probabilities {name}", path) for name, path in paths.items()}
     frames, probabilities = scored_frames(series, len(motion), args.fps, args.first_frame, args.last_frame)
     onsets, labels_at_horizon = None, None
     if args.chases is not None:
         chases = load_series("--chases", args.chases)
-        onsets = chases[:, 0] if chases.ndim == 2 else chases
+        onsets = chases[:, 0] if chases.ndim == 2 and chases.shape[1] else chases
+        if onsets.ndim != 1 or (onsets.size and not np.issubdtype(onsets.dtype, np.integer)):
+            raise UserError(
+                f"--chases: {args.chases} holds no start frames (K,) or (K, 4), but {onsets.dtype} of shape "
+                f"{chases.shape}"
+            )
+        if onsets.size and (onsets.min() < 0 or onsets.max() >= len(motion)):
+            raise UserError(
+                f"--chases: start frames {onsets.min()} to {onsets.max()} reach beyond the {len(motion)} frames of "
+                f"--motion; they are counted within the split"
+            )
         labels_at_horizon = partial(chase_labels, onsets, len(motion))
 
     return evaluate(

@@ -53,19 +53,18 @@ def load_classifier(path: str | Path) -> ClipClassifier:
     Raises:
         UserError: if the file is not one or is damaged; nothing in it is run.
     """
-    from convlstm_fish.tasks.checkpoint_io import load_checkpoint
+    from convlstm_fish.tasks.checkpoint_io import check_weights, hyper_parameters, load_checkpoint
 
     checkpoint = load_checkpoint(path)
     known = set(inspect.signature(ClipClassifier).parameters)
-    told = {name: value for name, value in checkpoint.get("hyper_parameters", {}).items() if name in known}
+    told = {name: value for name, value in hyper_parameters(path, checkpoint).items() if name in known}
     prefix = "network."
-    state = {
-        name.removeprefix(prefix): value for name, value in checkpoint["state_dict"].items() if name.startswith(prefix)
-    }
+    state = {str(name).removeprefix(prefix): value for name, value in checkpoint["state_dict"].items()}
     try:
         network = ClipClassifier(**told)
-        network.load_state_dict(state)
     except (RuntimeError, TypeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path}: is not a checkpoint of ClipClassification ({reason})") from error
+        raise UserError(f"checkpoint {path}: is not one of ClipClassification ({reason})") from error
+    check_weights(path, state, network.state_dict(), "ClipClassification", prefix)
+    network.load_state_dict(state)
     return network.eval()

@@ -146,13 +146,14 @@ def published_baseline(motion: npt.ArrayLike, first: int = 119, window: int = 89
 
     With ``v = y[t - window .. t - 1]``: ``(sigmoid(5300 (ptp(v) - 0.0006)) + sigmoid(-11000 (y[t - 1] - min(v)
     - 0.2 ptp(v)))) / 2`` for t in ``[first, T - 2 - last]``; 0 elsewhere. High where the group moved a lot in
-    the last 3 seconds and has just come to rest.
+    the last 3 seconds and has just come to rest. Where t is less than ``window``, v is what there is,
+    ``y[0 .. t - 1]``; the publication has no such frames, its clips are longer than its window.
 
     Args:
         motion: (T,) motion of one split.
-        first: first frame with a value.
+        first: first frame with a value, at least 2, so that v has a range.
         window: length of v in frames.
-        last: frames left out at the end.
+        last: frames left out at the end; -1 gives the very last frame a value too.
 
     Returns:
         float64 (T,).
@@ -160,14 +161,20 @@ def published_baseline(motion: npt.ArrayLike, first: int = 119, window: int = 89
     y = np.asarray(motion, dtype=np.float64)
     out = np.zeros(len(y))
     stop = len(y) - 1 - last
-    first = max(first, window)
+    first = max(first, 2)
     if stop <= first:
         return out
-    low, ptp = _ranges(y[first - window : stop - 1], window)
+    past = y[: stop - 1]
+    # Minimum and ptp of v for t = 1 .. stop - 1: first windows that start at frame 0 and grow, then whole ones.
+    low = np.minimum.accumulate(past)
+    ptp = np.maximum.accumulate(past) - low
+    if len(past) >= window:
+        low[window - 1 :], ptp[window - 1 :] = _ranges(past, window)
+    low, ptp = low[first - 1 :], ptp[first - 1 :]
     # Both exponents are small (|5300 * 0.005|), so the plain sigmoid does not overflow for real motion;
     # the clip keeps it silent for any input.
     moved = np.clip(-5300 * (ptp - 0.0006), -700, 700)
-    rested = np.clip(11000 * (y[first - 1 : stop - 1] - low - 0.2 * ptp), -700, 700)
+    rested = np.clip(11000 * (past[first - 1 :] - low - 0.2 * ptp), -700, 700)
     out[first:stop] = (1 / (1 + np.exp(moved)) + 1 / (1 + np.exp(rested))) / 2
     return out
 

@@ -65,11 +65,16 @@ def _published(frames: npt.NDArray[np.int64], motion: Floats, fps: float) -> Sco
         f"much motion within the last {window} frames and little in the last one, through two sigmoids whose "
         f"constants were chosen for the published camera"
     )
-    if frames[0] < window:
-        missing = f"needs {window} frames of motion before the first scored frame, which is frame {frames[0]}"
+    short = int((frames < window).sum())
+    if short:
+        description += (
+            f"; the first {short} scored frames have fewer than {window} frames before them, there it is all the "
+            f"motion since the start of the split"
+        )
+    if frames[0] < 2:
+        missing = f"needs 2 values of motion before the first scored frame, which is frame {frames[0]}"
         return Scorer(PUBLISHED, description, False, None, True, missing)
-    scores = published_baseline(motion, first=window, window=window, last=0)[frames]
-    return Scorer(PUBLISHED, description, False, scores, True)
+    return Scorer(PUBLISHED, description, False, published_baseline(motion, 2, window, last=-1)[frames], True)
 
 
 def _persistence(frames: npt.NDArray[np.int64], labels: Bools, horizon_frames: int) -> Scorer:

@@ -13,7 +13,8 @@ def signed(value: float) -> str:
 def verdict(model: Row, baselines: list[Row], differences: list[Difference], confidence: float) -> str:
     """Whether ``model`` beats the panel: every baseline that it does not beat is named.
 
-    A baseline is beaten where the whole interval of the difference lies above 0.
+    A baseline is beaten where the whole interval of the difference lies above 0. Those that the model is no better
+    than come before those that it is ahead of without proof.
 
     Args:
         model: the model's row.
@@ -39,7 +40,13 @@ def verdict(model: Row, baselines: list[Row], differences: list[Difference], con
     if not unbeaten:
         nearest = min(differences, key=lambda d: d.value)
         return f"{ahead} beats every baseline of the panel; the nearest is {told(nearest)}."
-    names = [told(d) for d in unbeaten]
-    listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
-    how = "does not beat" if any(d.value <= 0 for d in unbeaten) else "does not demonstrably beat"
-    return f"{ahead} {how} {listed}."
+    level = [told(d) for d in unbeaten if d.value <= 0]
+    unproven = [told(d) for d in unbeaten if d.value > 0]
+    if not level:
+        return f"{ahead} does not demonstrably beat {_listed(unproven)}."
+    more = f", nor demonstrably {_listed(unproven)}" if unproven else ""
+    return f"{ahead} does not beat {_listed(level)}{more}."
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"

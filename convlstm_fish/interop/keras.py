@@ -9,6 +9,8 @@ convlstm_fish[keras]``). Example::
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,11 +149,10 @@ def import_keras(
             if told.given():
                 options = ", ".join(f"--{name}" for name in told.given())
                 raise UserError(f"{source.path}: holds its own architecture, so {options} cannot be given")
-            layers, shape = chain(source)
-        try:
+            with _naming(source.path):
+                layers, shape = chain(source)
+        with _naming(source.path):
             converted = convert(layers, shape, source.keras_major)
-        except UserError as error:
-            raise UserError(f"{source.path}: {error}") from error
         steps, height, width, channels = shape or (None, None, None, None)
         state = {name: torch.from_numpy(placed.array.copy()) for name, placed in converted.placed.items()}
         for name in [name for name in state if name.endswith("running_mean")]:
@@ -169,6 +170,16 @@ def import_keras(
             optimizer=_adam(source, converted),
             notes=notes + converted.notes,
         )
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the file's name before an error that names only a layer."""
+    try:
+        yield
+    except UserError as error:
+        told = str(error)
+        raise UserError(told if told.startswith(f"{path}: ") else f"{path}: {told}") from error
 
 
 def _adam(source: KerasSource, converted: Converted) -> AdamState | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from convlstm_fish.errors import UserError
 
+_GLOBAL = re.compile(r"GLOBAL (\S+)")
 _LITTER = re.compile(r"\.ckpt\.(\d+)\.tmp$")
 
 
@@ -25,7 +26,8 @@ def check_checkpoint(path: str | os.PathLike[str]) -> None:
     """Read a checkpoint through and compare every record with its CRC32.
 
     Raises:
-        UserError: not a local file, not a readable archive, or a record that is damaged.
+        UserError: not a local file, not a readable archive, or a record that is damaged or, as torch never does,
+            compressed: what is read is never larger than the file.
     """
     text = os.fspath(path)
     if "://" in text:
@@ -34,9 +36,12 @@ def check_checkpoint(path: str | os.PathLike[str]) -> None:
         raise UserError(f"checkpoint {text}: no such file")
     try:
         with zipfile.ZipFile(text) as archive:
-            damaged = archive.testzip()
+            packed = [record.filename for record in archive.infolist() if record.compress_type != zipfile.ZIP_STORED]
+            damaged = None if packed else archive.testzip()
     except Exception as error:  # zipfile raises a dozen kinds for damaged headers
         raise UserError(f"checkpoint {text}: not a readable checkpoint ({error})") from None
+    if packed:
+        raise UserError(f"checkpoint {text}: not a readable checkpoint (record {packed[0]} is compressed)")
     if damaged:
         raise UserError(f"checkpoint {text}: damaged, record {damaged} fails its checksum")
 
@@ -51,14 +56,102 @@ def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        named = _GLOBAL.search(str(error))
+        # torch's first paragraph is advice to load the file with its code.
+        lines = [line for line in str(error).splitlines() if line.strip() and "weights_only" not in line]
+        reason = f"{named[1]}, which is not run" if named else f"{type(error).__name__}: {lines[0] if lines else ''}"
         raise UserError(
-            f"checkpoint {path}: refused, it holds more than weights and plain values "
-            f"({type(error).__name__}: {first[:120]})"
+            f"checkpoint {path}: refused, it holds more than weights and plain values ({reason[:120]})"
         ) from None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"checkpoint {path}: holds no state_dict, so it is no Lightning checkpoint")
     return content
+
+
+def hyper_parameters(source: str | os.PathLike[str], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyper-parameters in a checkpoint, empty where it has none.
+
+    Args:
+        source: the file, for the message.
+        checkpoint: its content.
+
+    Raises:
+        UserError: where they are no mapping of names to plain values.
+    """
+    found = checkpoint.get("hyper_parameters")
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or not _is_plain(found):
+        raise UserError(
+            f"checkpoint {source}: its hyper-parameters are not names with numbers, texts and lists of these"
+        )
+    return dict(found)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def check_weights(
+    source: str | os.PathLike[str], state: Mapping[Any, Any], own: Mapping[str, Any], model: str, named: str = ""
+) -> None:
+    """Whether the weights in a file are those of a model: the same names, shapes and kinds of number, all finite.
+
+    Args:
+        source: the file, for the message.
+        state: its weights.
+        own: the model's ``state_dict()``.
+        model: how the message calls it.
+        named: what stands before the names in the message.
+
+    Raises:
+        UserError: naming the first that does not fit.
+    """
+    for name in [*own, *state]:
+        mine, given = own.get(name), state.get(name)
+        shapes = [tuple(value.shape) if isinstance(value, torch.Tensor) else None for value in (mine, given)]
+        told = f"checkpoint {source}: does not fit {model}: {named}{name} is"
+        if shapes[0] != shapes[1]:
+            absent = "absent" if given is None else f"no tensor but {type(given).__name__}"
+            raise UserError(
+                f"{told} {shapes[1] or absent} in the file and {shapes[0] or 'absent'} in the model asked for"
+            )
+        if not (isinstance(mine, torch.Tensor) and isinstance(given, torch.Tensor)):
+            continue
+        if (mine.is_floating_point(), mine.is_complex()) != (given.is_floating_point(), given.is_complex()):
+            raise UserError(f"{told} {given.dtype} in the file and {mine.dtype} in the model asked for")
+        if given.is_floating_point() and not given.isfinite().all():
+            raise UserError(f"checkpoint {source}: {named}{name} holds values that are not finite numbers")
+
+
+def check_moments(source: str | os.PathLike[str], optimizer_states: Any, parameters: Sequence[torch.Tensor]) -> None:
+    """Whether what an optimizer keeps of each parameter has that parameter's shape.
+
+    Args:
+        source: the file, for the message.
+        optimizer_states: of the checkpoint; of any other form it is left to the optimizer to refuse.
+        parameters: of the model, in order.
+
+    Raises:
+        UserError: where it has not.
+    """
+    for state in optimizer_states if isinstance(optimizer_states, list) else []:
+        kept = state.get("state") if isinstance(state, dict) else None
+        for index, values in kept.items() if isinstance(kept, dict) else ():
+            if not (isinstance(index, int) and 0 <= index < len(parameters) and isinstance(values, dict)):
+                raise UserError(
+                    f"checkpoint {source}: its optimizer's state is not that of {len(parameters)} parameters"
+                )
+            for name, value in values.items():
+                if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameters[index].shape:
+                    raise UserError(
+                        f"checkpoint {source}: its optimizer's {name} of parameter {index} has shape "
+                        f"{tuple(value.shape)}, the parameter has {tuple(parameters[index].shape)}"
+                    )
 
 
 def newest_good(folder: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:

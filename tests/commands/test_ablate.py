@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import signal
+import statistics
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +82,9 @@ def test_writes_table_numbers_and_plot(files: list[Path], tmp_path: Path) -> Non
     table = (out / "ablation.md").read_text()
     assert table.count("\n") == 2 + len(rows)
     assert "| learning rate | more | 1 | 0.800 | +0.100 |" in table
-    assert len(json.loads((out / "ablation.json").read_text())) == len(rows)
+    numbers = json.loads((out / "ablation.json").read_text(), parse_constant=pytest.fail)  # no NaN
+    assert [row["auc_sd"] for row in numbers] == [None] * len(rows)
+    assert numbers[1]["auc"] == pytest.approx(0.8)
     assert "plotly" in (out / "ablation.html").read_text()
 
 
@@ -88,6 +95,65 @@ def test_a_failed_run_is_told_and_the_others_finish(files: list[Path], tmp_path:
     with pytest.raises(UserError, match=r"1 of 4 runs failed.*nine.*exit code 1: lr 9 is too much"):
         ablate.ablate([path, *files], out, seeds=(0,))
     assert "| size | large | 1 | 0.900 |" in (out / "ablation.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (
+            {"rows": [{"name": "x", "auc": None, "undefined": "not defined, all 9 scored frames have label 0"}]},
+            "label 0",
+        ),
+        ({"test/mse": 1.0}, "holds no AUC"),
+    ],
+)
+def test_a_run_without_an_auc_is_told(files: list[Path], tmp_path: Path, result: Any, message: str) -> None:
+    out = tmp_path / "out"
+    ablate.ablate(files[:1], out, seeds=(0,))
+    write(next((out / "runs/base/learning_rate").rglob("metrics.json")), json.dumps(result))
+    with pytest.raises(UserError, match=f"1 of 2 runs failed.*{message}"):
+        ablate.ablate(files[:1], out, seeds=(0,))
+    assert (out / "ablation.md").read_text().count("\n") == 2 + 1
+
+
+def test_the_time_of_a_run_is_that_of_all_its_parts(files: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ablate.ablate(files[:1], out, seeds=(0,))
+    folder = out / "runs/base/base/seed_0"
+    write(folder / "seconds.json", "1000.0")
+    shutil.rmtree(folder / "version_0")  # as if it had been stopped then
+    assert 1000 < ablate.ablate(files[:1], out, seeds=(0,))[0].seconds < 1100
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_the_runs_and_says_how_to_go_on(tmp_path: Path, number: int, code: int) -> None:
+    """Sent to the command alone; a run left behind would train on, unseen, and beside the one that takes over."""
+    program = """
+import signal, sys
+from pathlib import Path
+from convlstm_fish.cli import main
+from convlstm_fish.commands import ablate
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+run = "import sys, time; from pathlib import Path; Path('started').touch(); time.sleep(4); Path('left behind').touch()"
+ablate.run_command = lambda *_: [sys.executable, "-c", run]
+sys.exit(main(["ablate", "--config", "rate.yaml", "--out", "out", "--seeds", "0", "1"]))
+"""
+    write(tmp_path / "base.yaml", "seed_everything: 0\n")
+    write(tmp_path / "rate.yaml", {"factor": "rate", "base": "base.yaml", "levels": {"base": {}}})
+    command = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    command.send_signal(number)
+    _, said = command.communicate(timeout=60)
+    assert command.returncode == code
+    assert "stopped: 0 of 2 runs are finished; the same command goes on from here" in said
+    assert "Traceback" not in said
+    time.sleep(4)
+    assert not (tmp_path / "left behind").exists()
 
 
 @pytest.mark.parametrize(
@@ -139,3 +205,10 @@ def test_command_is_the_ordinary_fit(tmp_path: Path) -> None:
     (tmp_path / "r" / "version_0").mkdir(parents=True)
     (tmp_path / "r" / "version_0" / "last.ckpt").touch()
     assert ablate.run_command(run, [])[-1] == "--ckpt_path=last"
+
+
+@pytest.mark.parametrize(("runs", "quantile"), [(2, 12.706), (11, 2.228), (12, 2.201), (21, 2.086), (101, 1.984)])
+def test_interval_is_students_for_any_number_of_seeds(runs: int, quantile: float) -> None:
+    values = list(range(runs))
+    expected = quantile * statistics.stdev(values) / math.sqrt(runs)
+    assert ablate._half_width(values) == pytest.approx(expected, rel=1e-3)

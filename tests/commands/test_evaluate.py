@@ -36,6 +36,8 @@ def files(tmp_path: Path) -> dict[str, str]:
         "whole": 0.5 * labels + 0.4 * rng.random(600),
         "short": rng.random((557, 1)).astype(np.float32),
         "chases": chases,
+        "late": np.array([40, 600]),
+        "early": np.array([[-1, 9, 0, 1], [40, 50, 0, 1]]),
     }
     for name, values in arrays.items():
         np.save(tmp_path / f"{name}.npy", values)
@@ -156,6 +158,10 @@ def test_frames_of_series() -> None:
             ["--probabilities", "n={short}", "--first_frame", "50"],
             "--probabilities n: 557 values from frame 50 on reach",
         ),
+        (["--chases", "{late}"], "--chases: start frames 40 to 600 reach beyond the 600 frames of --motion"),
+        (["--chases", "{early}"], "--chases: start frames -1 to 40 reach beyond"),
+        (["--chases", "{motion}"], r"--chases: .* holds no start frames \(K,\) or \(K, 4\), but float64"),
+        (["--horizon_seconds", "60"], "--horizon_seconds: 60 s are 600 frames, and --motion has 600"),
         (["--probabilities", "n={chases}"], r"--probabilities n: one value a frame expected, got shape \(4, 4\)"),
     ],
 )

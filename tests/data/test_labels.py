@@ -35,6 +35,45 @@ def test_published_baseline(shared: Path) -> None:
     np.testing.assert_allclose(made, target(shared, "test", "Y_pred_baseline"), rtol=0, atol=1e-15)
 
 
+def slow_published_baseline(y: np.ndarray, first: int, window: int, last: int) -> list[float]:
+    out = [0.0] * len(y)
+    for t in range(first, len(y) - 1 - last):
+        v = y[max(0, t - window) : t]
+        moved, rested = 5300 * (np.ptp(v) - 0.0006), -11000 * (y[t - 1] - v.min() - 0.2 * np.ptp(v))
+        out[t] = (1 / (1 + np.exp(-moved)) + 1 / (1 + np.exp(-rested))) / 2
+    return out
+
+
+@pytest.mark.parametrize(
+    ("length", "first", "window", "last"),
+    [
+        (300, 119, 89, 10),  # the publication: whole windows only
+        (300, 89, 89, 0),  # the first whole window
+        (300, 59, 89, 0),  # clips of 2 s: windows of 59, 60 ... 88 and then 89 frames
+        (300, 2, 89, 0),
+        (300, 2, 89, -1),  # the very last frame as well
+        (91, 2, 89, 0),  # one whole window
+        (90, 2, 89, 0),  # none
+        (40, 2, 89, 0),
+        (40, 10, 2, 5),  # the shortest window
+        (40, 39, 5, -1),  # one value
+    ],
+)
+def test_published_baseline_against_its_definition(length: int, first: int, window: int, last: int) -> None:
+    y = 2e-3 * np.random.default_rng(length).random(length)
+    made = labels.published_baseline(y, first, window, last)
+    np.testing.assert_allclose(made, slow_published_baseline(y, first, window, last), rtol=0, atol=1e-14)
+    assert (made != 0).sum() == max(0, length - 1 - last - first)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_published_baseline_needs_two_values_of_motion(first: int) -> None:
+    y = 1e-3 * np.random.default_rng(0).random(40)
+    np.testing.assert_array_equal(labels.published_baseline(y, first, 5, 0), labels.published_baseline(y, 2, 5, 0))
+    for length in range(4):
+        assert not labels.published_baseline(y[:length], first, 5, 0)[:2].any()
+
+
 def test_auto_threshold_is_the_published_one_on_the_published_motion(shared: Path) -> None:
     assert labels.auto_threshold(target(shared, "train", "Y_tilde")) == pytest.approx(0.001, rel=1e-3)
     with pytest.raises(UserError, match="no window of 120"):

@@ -79,13 +79,38 @@ def test_nobody_sees_the_future(now: int) -> None:
 def test_what_cannot_be_computed_says_why() -> None:
     motion = motion_series(300)
     labels = burst_labels(motion, first=0) == 1
-    members = panel(np.arange(50, 200), labels, motion, train_motion=motion[:80], train_labels=labels[:80])
+    members = panel(np.arange(1, 200), labels, motion, train_motion=motion[:80], train_labels=labels[:80])
     assert members[baselines.PUBLISHED].scores is None
-    assert members[baselines.PUBLISHED].missing is not None
-    assert "needs 89 frames of motion before the first scored frame, which is frame 50" in str(
+    assert "needs 2 values of motion before the first scored frame, which is frame 1" in str(
         members[baselines.PUBLISHED].missing
     )
     assert "80 frames, too few" in str(members[baselines.MOTION_LSTM].missing)
+
+
+@pytest.mark.parametrize(
+    ("first", "fps", "window", "short"),
+    [
+        (119, 30.0, 89, 0),
+        (89, 30.0, 89, 0),
+        (88, 30.0, 89, 1),
+        (59, 30.0, 89, 30),  # clips of 2 s
+        (2, 30.0, 89, 87),
+        (7, 10.0, 30, 23),
+    ],
+)
+def test_published_baseline_of_clips_shorter_than_its_window(first: int, fps: float, window: int, short: int) -> None:
+    motion = motion_series(300)
+    frames = np.arange(first, 300)
+    member = panel(frames, np.zeros(300, bool), motion, fps=fps)[baselines.PUBLISHED]
+    expected = []
+    for t in frames:
+        v = motion[max(0, t - window) : t]
+        moved, rested = 5300 * (np.ptp(v) - 0.0006), -11000 * (v[-1] - v.min() - 0.2 * np.ptp(v))
+        expected.append((1 / (1 + np.exp(-moved)) + 1 / (1 + np.exp(-rested))) / 2)
+    np.testing.assert_allclose(scores(member), expected, rtol=0, atol=1e-14)
+    told = f"the first {short} scored frames have fewer than {window} frames before them"
+    assert (told in member.description) == (short > 0)
+    assert f"within the last {window} frames" in member.description
 
 
 def test_windows_scale_with_the_frame_rate() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,11 @@ import pytest
 from convlstm_fish.data.labels import burst_labels, chase_labels
 from convlstm_fish.errors import UserError
 from convlstm_fish.evaluate import Evaluation, MotionLSTMConfig, evaluate
+from convlstm_fish.evaluate.baselines import Scorer
+from convlstm_fish.evaluate.bootstrap import Interval
+from convlstm_fish.evaluate.metrics import compute_metrics
+from convlstm_fish.evaluate.result import Difference, Row
+from convlstm_fish.evaluate.verdict import verdict
 
 FPS = 10.0
 
@@ -113,6 +119,36 @@ def test_a_close_lead_is_no_proof() -> None:
     assert "copy" in result.verdict
     assert "beats every" not in result.verdict
     assert "minus the last frame difference" in result.verdict
+
+
+@pytest.mark.parametrize(
+    ("differences", "sentence"),
+    [
+        ({"a": (0.2, 0.1, 0.3)}, "m (AUC 0.700) beats every baseline of the panel; the nearest is a (AUC 0.500, "),
+        ({"a": (0.2, 0.1, 0.3), "b": (-0.1, -0.2, 0.1)}, "m (AUC 0.700) does not beat b (AUC 0.800, "),
+        ({"a": (0.2, -0.1, 0.3)}, "m (AUC 0.700) does not demonstrably beat a (AUC 0.500, difference +0.200, 95% "),
+        ({"a": (0.2, None, None)}, "m (AUC 0.700) does not demonstrably beat a (AUC 0.500, difference +0.200, no "),
+        (
+            {"a": (0.2, None, None), "b": (-0.1, None, None), "c": (0.1, None, None)},
+            "m (AUC 0.700) does not beat b (AUC 0.800, difference −0.100, no confidence interval), nor demonstrably "
+            "a (AUC 0.500, difference +0.200, no confidence interval) or c (AUC 0.600, difference +0.100, no "
+            "confidence interval).",
+        ),
+    ],
+)
+def test_what_a_verdict_says(differences: dict[str, tuple[float, float | None, float | None]], sentence: str) -> None:
+    def row(name: str, auc: float, is_model: bool) -> Row:
+        metrics = compute_metrics(np.array([0.0, 1.0]), np.array([False, True]))
+        return Row(Scorer(name, "", is_model, None, True), None, replace(metrics, auc=auc))
+
+    panel = [row(name, 0.7 - value[0], False) for name, value in differences.items()]
+    found = [
+        Difference("m", name, value, None if low is None or high is None else Interval(low, high))
+        for name, (value, low, high) in differences.items()
+    ]
+    said = verdict(row("m", 0.7, True), panel, found, 0.95)
+    assert said.startswith(sentence)
+    assert said.endswith(").")
 
 
 def test_a_short_series_has_no_interval_and_says_so() -> None:

@@ -131,7 +131,17 @@ def test_keras_file_with_code(edited: Callable[..., Path], marker: Path) -> None
     def module(config: dict[str, Any]) -> None:
         config.update(module="os", class_name="system", registered_name=f"touch {marker}")
 
-    for change in (activation, layer, module):
+    def branch(config: dict[str, Any]) -> None:
+        layers = config["config"]["layers"]
+        extra = {**layers[5], "module": "keras.layers", "class_name": "Lambda", "name": "extra"}
+        layers.append({**extra, "config": {"name": "extra", "function": payload}})
+
+    def wrapped(config: dict[str, Any]) -> None:
+        inner = {"module": "keras.layers", "class_name": "Lambda", "config": {"function": payload}}
+        config["config"]["layers"][5].update(class_name="TimeDistributed")
+        config["config"]["layers"][5]["config"]["layer"] = inner
+
+    for change in (activation, layer, module, branch, wrapped):
         refusal(edited("functional", change))
     assert not marker.exists()
 
@@ -254,6 +264,15 @@ def test_h5_with_odd_contents(weights: Path) -> None:
             lambda f: f.create_dataset(KERNEL, data=zeros[:2, ..., :8]),
             "layer 'conv_lstm2d' (ConvLSTM2D) has a recurrent",
         ),
+        (lambda f: f.create_dataset(KERNEL, data=zeros.astype(complex)), "weights must be numbers"),
+        (lambda f: f.create_dataset(KERNEL, data=zeros > 1), "weights must be numbers"),
+        (lambda f: f.create_dataset(KERNEL, data=np.zeros(2, [("a", "f4"), ("b", "i4")])), "weights must be numbers"),
+        (lambda f: f.create_dataset(KERNEL, (2,), h5py.ref_dtype), "weights must be numbers"),
+        (lambda f: f.create_dataset(KERNEL, (2,), h5py.vlen_dtype(np.float32)), "weights must be numbers"),
+        (lambda f: f.create_dataset(KERNEL, (2,), h5py.opaque_dtype(np.dtype("M8[s]"))), "weights must be numbers"),
+        (lambda f: f.create_dataset(KERNEL, (2,), np.dtype(("f4", (3,)))), "weights must be numbers"),
+        (lambda f: f.__setitem__(KERNEL, h5py.Empty("f4")), "neither a group nor an array"),
+        (lambda f: f.create_group(KERNEL), "'0' is not an array"),
         (lambda f: f.__setitem__(KERNEL, np.dtype("f4")), "neither a group nor an array"),
         (lambda f: f.__setitem__("layers/conv_lstm2d/cell/again", f["layers"]), "more than 16 groups deep"),
     ]
@@ -408,7 +427,7 @@ def test_checkpoint_with_a_pickle(tmp_path: Path, marker: Path) -> None:
 def test_checkpoint_of_something_else(tmp_path: Path) -> None:
     path = tmp_path / "model.ckpt"
     torch.save({"state_dict": {}, "hyper_parameters": {"in_channels": 1}}, path)
-    with pytest.raises(UserError, match="not a checkpoint of ClipClassification"):
+    with pytest.raises(UserError, match="does not fit ClipClassification: network"):
         load_classifier(path)
 
 
