@@ -1,4 +1,4 @@
-"""Tile sizes, by channels, kernel and dtype, as measured on an H200."""
+"""Tile sizes, by channels, kernel and dtype, as measured on an H200 and an H100 (tests/benchmarks/tiles.py)."""
 
 from __future__ import annotations
 
@@ -88,11 +88,12 @@ def choose(channels: int, hidden: int, dtype: torch.dtype) -> Tiles:
         backward = Tile(64, 32, rows, rows_x, rows_back, 0, 4, 4, 4)
     elif hidden <= 64:
         forward = Tile(128, 64, min(rows, 32), min(rows_x, 32), rows_back, 0, 8, 4)
-        backward = Tile(128, 64, rows, rows_x, rows_back, 0, 8, 3, 3)
+        backward = Tile(64, 64, rows, rows_x, rows_back, 0, 4, 3, 4)
     else:
         forward = Tile(128, 32, rows, rows_x, rows_back, 0, 4, 4)
-        backward = Tile(128, 32, rows, rows_x, rows_back, 0, 8, 3, 3)
-    image = Tile(128, 16 if channels <= 16 else 32 if channels <= 32 else 64, rows, rows_x, rows_back, 0, 4, 1, 3)
+        backward = Tile(64, 64, rows, rows_x, rows_back, 0, 4, 3, 4)
+    block = 16 if channels <= 16 else 32 if channels <= 32 else 64 if channels <= 64 else 128
+    image = Tile(128, block, rows, rows_x, rows_back, 0, 4, 1, 3 if channels <= 32 else 4)
     if rounded_gates % 64 == 0 and channels <= 32:
         image = image._replace(patch=32, stages_back=2, halo=1)
     if hidden <= 16 and channels <= 16:
@@ -102,5 +103,5 @@ def choose(channels: int, hidden: int, dtype: torch.dtype) -> Tiles:
     elif hidden <= 64:
         weight = WeightTile(64, 128, 128, 0, 4, 3, False)
     else:
-        weight = WeightTile(64, 256, 128, 0, 8, 3, False)
+        weight = WeightTile(64, 128, 128, 0, 4, 3, False)
     return Tiles(forward, backward, image, weight, keep_gates)
