@@ -30,7 +30,7 @@ def run(args: argparse.Namespace, gpus: int) -> dict[str, float]:
         command = [sys.executable, str(ROOT / "main.py"), "fit", "--config", args.config, "--n_gpus", str(gpus)]
         command += ["--use_amp=true", f"--batch_size={args.batch}", "--test_after_fit=false", "--trainer.max_epochs=1"]
         command += ["--trainer.limit_val_batches=0", "--trainer.enable_checkpointing=false", f"--run_dir={folder}/runs"]
-        command += ["--trainer.callbacks+=clocks.EpochClock", *args.fit]
+        command += [*args.fit, "--trainer.callbacks+=clocks.EpochClock"]
         if args.steps:
             command.append(f"--trainer.limit_train_batches={args.steps}")
         paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]

@@ -287,6 +287,7 @@ def test_second_derivative_and_transforms_are_refused() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # of Inductor's own code
 def test_compiles_into_one_graph() -> None:
     a = {k: v.float().cuda().requires_grad_() for k, v in make(SMALL["plain"])["arguments"].items()}
 

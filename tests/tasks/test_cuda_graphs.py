@@ -107,6 +107,7 @@ def test_frame_prediction_with_scheduled_sampling_too(options: dict[str, Any]) -
         pl.seed_everything(4, verbose=False)
         tasks.append(FramePrediction(lr=1e-3, **options))
         settings = QUIET | {"accelerator": "gpu", "devices": 1, "max_epochs": 1, "callbacks": callbacks}
+        settings["limit_val_batches"] = 0
         loader: DataLoader[Any] = DataLoader(data, batch_size=None)  # type: ignore[arg-type]
         pl.Trainer(**settings).fit(tasks[-1], loader)
     assert look.used.count(True) == 9

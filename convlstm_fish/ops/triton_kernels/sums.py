@@ -10,8 +10,9 @@ from convlstm_fish.ops.triton_kernels.gradients import image_gradient, weight_gr
 from convlstm_fish.ops.triton_kernels.layer import Layer, can_shift, tile_count
 from convlstm_fish.ops.triton_kernels.tuning import Tile, round_channels
 
-# Programs that share the sum of a weight's gradient: a few for each of the larger GPUs' multiprocessors.
-_PROGRAMS = 528
+# Programs that share the sum of a weight's gradient: as many as the larger GPUs run at a time. A wide layer's take more
+# of a multiprocessor, and each portion of its sums is megabytes that have to be added up.
+_PROGRAMS, _PROGRAMS_WIDE = 528, 264
 
 
 class WeightSums:
@@ -29,7 +30,8 @@ class WeightSums:
         columns = 4 * layer.hidden
         self.column_blocks = triton.cdiv(columns, tile.columns)
         self.tiles_per_image = tile_count(layer.size, tile.pixels, tile.patch)
-        self.portions = max(1, min(self.tiles_per_image * layer.clips, _PROGRAMS // (self.groups * self.column_blocks)))
+        programs = _PROGRAMS if layer.hidden < 64 else _PROGRAMS_WIDE
+        self.portions = max(1, min(self.tiles_per_image * layer.clips, programs // (self.groups * self.column_blocks)))
         device = layer.device
         self.sums = torch.empty(self.portions, blocks * tile.rows, columns, dtype=torch.float32, device=device)
         self.fresh = True

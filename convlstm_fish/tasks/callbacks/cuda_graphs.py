@@ -55,6 +55,7 @@ class GraphedForward:
         self.count = 0
         self.graphed: Callable[..., Tensor] | None = None
         self.refused = False
+        self.accumulators: list[Any] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         arguments = self.signature.bind(*args, **kwargs).arguments
@@ -90,6 +91,8 @@ class GraphedForward:
 
     def _capture(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
         body = _Body(self.network, self.eager, list(tensors), rest)
+        # The graph keeps these alive from now on; made while it is captured they would belong to its side stream.
+        self.accumulators = [p.view_as(p).grad_fn for p in self.network.parameters() if p.requires_grad]
         device = next(iter(tensors.values())).device
         # Capturing runs the network; batch norm must not count those runs, nor dropout draw for them.
         before = [buffer.detach().clone() for buffer in self.network.buffers()]
