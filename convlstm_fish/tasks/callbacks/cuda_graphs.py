@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -11,12 +10,12 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from convlstm_fish.errors import UserError
+
 # Steps before a shape is captured: kernels compile and choose their algorithms in them.
 WARM_UP = 3
 # Arguments whose values the host looks at, which a graph cannot repeat.
 _READ_BY_HOST = frozenset({"lengths"})
-
-_log = logging.getLogger(__name__)
 
 
 class _Body(nn.Module):
@@ -40,11 +39,13 @@ class GraphedForward:
     One call is captured, the first whose tensors have the same shapes, and whose other arguments the same values,
     :data:`WARM_UP` times in a row; every other call (the last, short batch of an epoch, validation, clips of several
     lengths) runs as before. Parameters and buffers are the network's own, so optimizers, gradient clipping, gradient
-    scaling and DDP see no difference. A network that cannot be captured, because it waits for the GPU on its way,
-    goes on without, and a warning says why.
+    scaling and DDP see no difference.
 
     Args:
         network: takes tensors on a GPU, and plain values, and returns one tensor.
+
+    Raises:
+        UserError: for a network that cannot be captured, because it waits for the GPU on its way.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -54,8 +55,6 @@ class GraphedForward:
         self.key: Hashable = None
         self.count = 0
         self.graphed: Callable[..., Tensor] | None = None
-        self.refused = False
-        self.accumulators: list[Any] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         arguments = self.signature.bind(*args, **kwargs).arguments
@@ -72,16 +71,15 @@ class GraphedForward:
             self.key, self.count = key, self.count + 1 if key == self.key else 1
             if self.count <= WARM_UP:
                 return self.eager(*args, **kwargs)
-            self._capture(tensors, rest)
-        if self.graphed is None or key != self.key:
+            self.graphed = self._capture(tensors, rest)
+        if key != self.key:
             return self.eager(*args, **kwargs)
         # The graph's output is overwritten by the next replay; a caller may keep it.
         return self.graphed(*tensors.values()).clone()
 
     def _can_capture(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> bool:
         return (
-            not self.refused
-            and self.network.training
+            self.network.training
             and torch.is_grad_enabled()
             and bool(tensors)
             and all(t.is_cuda and not t.requires_grad for t in tensors.values())
@@ -89,28 +87,36 @@ class GraphedForward:
             and all(value is None or isinstance(value, bool | int | float | str) for value in rest.values())
         )
 
-    def _capture(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+    def _capture(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> Callable[..., Tensor]:
         body = _Body(self.network, self.eager, list(tensors), rest)
-        # The graph keeps these alive from now on; made while it is captured they would belong to its side stream.
-        self.accumulators = [p.view_as(p).grad_fn for p in self.network.parameters() if p.requires_grad]
-        device = next(iter(tensors.values())).device
+        names, weights = zip(*body.named_parameters())
+
+        def run(*inputs: Tensor) -> Tensor:
+            call: Any = torch.func.functional_call
+            result: Tensor = call(body, dict(zip(names, inputs[len(tensors) :])), inputs[: len(tensors)])
+            return result
+
+        # Captured with other leaves over the same memory: the parameters' own places in the autograd graph belong to
+        # the stream of training (DDP made them there), which a capture may not touch.
+        leaves = tuple(w.detach().requires_grad_(w.requires_grad) for w in weights)
+        device = leaves[0].device
         # Capturing runs the network; batch norm must not count those runs, nor dropout draw for them.
         before = [buffer.detach().clone() for buffer in self.network.buffers()]
         random = torch.cuda.get_rng_state(device)
         try:
-            graphed: Any = torch.cuda.make_graphed_callables(body, tuple(t.clone() for t in tensors.values()))
-            self.graphed = graphed
+            graphed: Any = torch.cuda.make_graphed_callables(run, (*(t.clone() for t in tensors.values()), *leaves))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self.refused = True
-            torch.cuda.synchronize(device)
-            _log.warning("training goes on without CUDA graphs: %s", str(error).splitlines()[0])
-        finally:
-            with torch.no_grad():
-                for buffer, value in zip(self.network.buffers(), before):
-                    buffer.copy_(value)
-            torch.cuda.set_rng_state(random, device)
+            reason = str(error.__context__ or error).splitlines()[0]
+            raise UserError(
+                f"the network cannot be captured as a CUDA graph; train with --cuda_graphs=false ({reason})"
+            ) from error
+        with torch.no_grad():
+            for buffer, value in zip(self.network.buffers(), before):
+                buffer.copy_(value)
+        torch.cuda.set_rng_state(random, device)
+        return lambda *inputs: graphed(*inputs, *weights)
 
 
 class CudaGraphs(pl.Callback):
