@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from convlstm_fish.data import background, clips, labels, store
-from convlstm_fish.data.recording import Recording, RecordingWriter
+from convlstm_fish.data.recording import Recording
+from convlstm_fish.data.recording_writer import RecordingWriter
 from convlstm_fish.data.video import VideoReader, local_path, resize, sha256
 from convlstm_fish.errors import UserError
 from convlstm_fish.progress import progress

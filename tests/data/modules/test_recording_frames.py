@@ -12,7 +12,7 @@ import torch
 
 from convlstm_fish.data.clips import nearest
 from convlstm_fish.data.modules.recording_frames import RecordingFrames, open_recordings
-from convlstm_fish.data.recording import RecordingWriter
+from convlstm_fish.data.recording_writer import RecordingWriter
 from convlstm_fish.errors import UserError
 
 
