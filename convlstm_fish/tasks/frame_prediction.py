@@ -21,9 +21,7 @@ from convlstm_fish.evaluate.frame_metrics import METRICS, FrameReport, copy_last
 from convlstm_fish.evaluate.report import write_text
 from convlstm_fish.models import EncoderForecaster, FramePredictor, StackedPredictor
 from convlstm_fish.models.frame_network import FrameNetwork
-from convlstm_fish.tasks.base import Task, schedule_factor
-
-Batch = dict[str, Any]
+from convlstm_fish.tasks.base import Batch, Task, schedule_factor, valid_and_index
 
 ARCHITECTURES: dict[str, Callable[..., FrameNetwork]] = {
     "encoder_decoder": FramePredictor,
@@ -274,15 +272,14 @@ class FramePrediction(Task):
         return logits
 
     def _score(self, batch: Batch, scores: FrameScores, mean_loss: MeanMetric) -> None:
-        valid, index = _valid_and_index(batch)
+        valid, index = valid_and_index(batch)
         logits = self.network(batch["video"], batch["future"].shape[1])[valid]
         video, future = batch["video"][valid], batch["future"][valid]
         if len(index):
             mean_loss.update(self.loss(logits, future))
         scores.update(index, self.network.to_frames(logits.float()), video, future)
 
-    def _finish(self, stage: str, scores: FrameScores, mean_loss: MeanMetric) -> FrameReport | None:
-        """Log the means over all processes and keep the report."""
+    def _report(self, stage: str, scores: FrameScores, mean_loss: MeanMetric) -> None:
         self.log(f"{stage}/loss", mean_loss, prog_bar=stage == "val")
         self.report = scores.report()
         scores.reset()
@@ -292,7 +289,6 @@ class FramePrediction(Task):
                 for name in METRICS if stage == "test" else ("mse", "mae", "ssim", "psnr"):
                     # The report is the same in all processes: the mean of its values is their value.
                     self.log(f"{stage}/{prefix}{name}", float(values[name].mean()), sync_dist=True)
-        return self.report
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
@@ -309,21 +305,10 @@ class FramePrediction(Task):
         self.log("train/loss", total.detach(), prog_bar=True)
         return total
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Score the batch."""
-        self._score(batch, self.val_scores, self.val_loss)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Score the batch."""
-        self._score(batch, self.test_scores, self.test_loss)
-
-    def on_validation_epoch_end(self) -> None:
-        """Report the validation."""
-        self._finish("val", self.val_scores, self.val_loss)
-
     def on_test_epoch_end(self) -> None:
         """Report the test: log, print the table, write the files."""
-        report = self._finish("test", self.test_scores, self.test_loss)
+        super().on_test_epoch_end()
+        report = self.report
         folder = self.trainer.log_dir  # asked by every process, for they agree on it
         if report is None or not self.trainer.is_global_zero:
             return
@@ -335,14 +320,6 @@ class FramePrediction(Task):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """``index`` and ``frames``, uint8 (N, T', C, H, W), of the sequences that are no padding."""
-        valid, index = _valid_and_index(batch)
+        valid, index = valid_and_index(batch)
         frames = self(batch["video"], batch["future"].shape[1])
         return {"index": index, "frames": (frames[valid].float().clamp(0, 1) * 255).round().to(torch.uint8)}
-
-
-def _valid_and_index(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Which sequences are no padding (N,), and the index of those; -1 where the batch does not tell."""
-    sequences, device = len(batch["video"]), batch["video"].device
-    valid = batch.get("valid", torch.ones(sequences, dtype=torch.bool, device=device))
-    index = batch.get("index", torch.full((sequences,), -1, device=device))
-    return valid, index[valid]
