@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 import numpy as np
@@ -66,7 +67,7 @@ class _TrainLoader(DataLoader[Batch]):
         """Nothing to restore: the order asks the DataModule where the run stands."""
 
 
-class ResumableDataModule(pl.LightningDataModule):
+class ResumableDataModule(pl.LightningDataModule, ABC):
     """Base of the DataModules: a subclass provides :meth:`samples`.
 
     The order of training is a function of (seed, position), and the position is part of this DataModule's state in a
@@ -98,9 +99,9 @@ class ResumableDataModule(pl.LightningDataModule):
 
     # -- for subclasses ------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def samples(self, split: str) -> Samples:
         """The samples of "train", "validation", "test" or "predict"."""
-        raise NotImplementedError(f"{type(self).__name__} has no samples for {split}")
 
     def classes(self) -> npt.NDArray[np.int64] | None:
         """Class of every training sample where the order has to be balanced, or None."""
