@@ -21,10 +21,8 @@ from plotly.offline import get_plotlyjs
 from convlstm_fish.errors import UserError
 from convlstm_fish.evaluate import figures as draw
 from convlstm_fish.evaluate.result import Evaluation, Row
-from convlstm_fish.evaluate.table import interval_text, number, threshold_text
+from convlstm_fish.evaluate.table import DASH, interval_text, number, threshold_text
 from convlstm_fish.evaluate.verdict import signed
-
-DASH = "\N{EN DASH}"
 
 
 def write_report(

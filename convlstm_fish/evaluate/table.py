@@ -15,6 +15,7 @@ from convlstm_fish.evaluate.result import Evaluation
 from convlstm_fish.evaluate.verdict import signed
 
 MINUS = "\N{MINUS SIGN}"
+DASH = "\N{EN DASH}"  # where there is no figure
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -32,7 +33,7 @@ def threshold_text(value: float) -> str:
 
 def interval_text(interval: Interval | None) -> str:
     """``low to high``, or a dash."""
-    return "\N{EN DASH}" if interval is None else f"{number(interval.low)} to {number(interval.high)}"
+    return DASH if interval is None else f"{number(interval.low)} to {number(interval.high)}"
 
 
 def point_text(point: OperatingPoint) -> tuple[str, str]:
@@ -53,7 +54,7 @@ def _main_table(result: Evaluation) -> Table:
         # A user's name may hold square brackets, which must not be read as markup.
         name = Text(row.name, style="bold" if row.scorer.is_model else "")
         if row.metrics is None:
-            table.add_row(name, Text(row.undefined or "", style="italic"))
+            table.add_row(name, *[DASH] * 4)
             continue
         m = row.metrics
         table.add_row(
@@ -66,6 +67,11 @@ def _main_table(result: Evaluation) -> Table:
     return table
 
 
+def _reasons(result: Evaluation) -> list[Text]:
+    """Why a row has no figures, a line for each such row; in the table it would fill a narrow column."""
+    return [Text(f"{row.name}: {row.undefined}", style="italic") for row in result.rows if row.metrics is None]
+
+
 def _difference_table(result: Evaluation) -> Table:
     table = Table(title="Difference in AUC, model minus baseline", title_justify="left")
     table.add_column("model", overflow="fold")
@@ -73,7 +79,7 @@ def _difference_table(result: Evaluation) -> Table:
     table.add_column("difference", justify="right")
     table.add_column(f"{result.settings['confidence']:.0%} interval", justify="right")
     for d in result.differences:
-        interval = "\N{EN DASH}"
+        interval = DASH
         if d.interval is not None:
             interval = f"{signed(d.interval.low)} to {signed(d.interval.high)}"
         table.add_row(Text(d.model), Text(d.baseline), signed(d.value), interval)
@@ -106,7 +112,7 @@ def _calibration_table(result: Evaluation) -> Table:
     for row in result.rows:
         if row.calibration is not None:
             c = row.calibration
-            skill = "\N{EN DASH}" if c.brier_skill is None else signed(c.brier_skill)
+            skill = DASH if c.brier_skill is None else signed(c.brier_skill)
             table.add_row(Text(row.name), number(c.ece), number(c.brier), skill)
     return table
 
@@ -119,7 +125,7 @@ def print_table(result: Evaluation, console: Console | None = None) -> None:
         console: where to, by default standard output.
     """
     console = console or Console()
-    parts: list[Table] = [_main_table(result)]
+    parts: list[Table | Text] = [_main_table(result), *_reasons(result)]
     if result.differences:
         parts.append(_difference_table(result))
     if any(row.events for row in result.rows):
