@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from convlstm_fish.errors import UserError
+from convlstm_fish.files import write_text
 from convlstm_fish.progress import progress
 
 HELP = "Run ablations: change one factor of a base experiment at a time, over several seeds."
@@ -136,7 +137,7 @@ def _execute(run: Run, extra: Sequence[str], devices: Sequence[str], slot: int) 
         lines = (run.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
         run.error = f"exit code {done.returncode}: {lines[-1].strip() if lines else 'it printed nothing'}"
     else:
-        (run.folder / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
+        write_text(run.folder / "seconds.json", json.dumps(seconds))
     return run
 
 
@@ -288,13 +289,7 @@ def write_plot(rows: Sequence[Row], path: Path) -> None:
         figure.add_trace(points, row=1, col=column)
     figure.update_yaxes(title_text="test AUC (mean ± sd over seeds)", row=1, col=1)
     figure.update_layout(showlegend=False, title="Ablations: one factor changed at a time")
-    _write(path, figure.to_html(include_plotlyjs=True, full_html=True))
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    write_text(path, figure.to_html(include_plotlyjs=True, full_html=True))
 
 
 def ablate(
@@ -340,8 +335,8 @@ def ablate(
     execute(unique, extra, jobs, devices)
     rows = summarise(plan)
     if rows:
-        _write(folder / "ablation.md", markdown(rows))
-        _write(folder / "ablation.json", json.dumps([vars(row) for row in rows], indent=1))
+        write_text(folder / "ablation.md", markdown(rows))
+        write_text(folder / "ablation.json", json.dumps([vars(row) for row in rows], indent=1))
         write_plot(rows, folder / "ablation.html")
     failed = [run for run in unique if run.error]
     if failed:

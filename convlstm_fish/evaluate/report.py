@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -18,11 +17,11 @@ import plotly.io
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from convlstm_fish.errors import UserError
 from convlstm_fish.evaluate import figures as draw
 from convlstm_fish.evaluate.result import Evaluation, Row
 from convlstm_fish.evaluate.table import DASH, interval_text, number, threshold_text
 from convlstm_fish.evaluate.verdict import signed
+from convlstm_fish.files import write_text
 
 
 def write_report(
@@ -52,29 +51,6 @@ def write_report(
     target = Path(path)
     write_text(target, render(result, settings or {}, title))
     return target
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is complete or absent: beside, to the disk, renamed.
-
-    Raises:
-        UserError: where that is not possible.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def render(result: Evaluation, settings: Mapping[str, Any], title: str | None = None) -> str:

@@ -18,7 +18,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from convlstm_fish.errors import UserError
 from convlstm_fish.evaluate.frame_metrics import METRICS, FrameReport, copy_last, frame_metrics, metric_dtype, ssim
-from convlstm_fish.evaluate.report import write_text
+from convlstm_fish.files import write_text
 from convlstm_fish.models import EncoderForecaster, FramePredictor, StackedPredictor
 from convlstm_fish.models.frame_network import FrameNetwork
 from convlstm_fish.tasks.base import Batch, Task, schedule_factor, valid_and_index
@@ -314,7 +314,6 @@ class FramePrediction(Task):
             return
         rich.print(report.table())
         if folder is not None and self.trainer.loggers:
-            Path(folder).mkdir(parents=True, exist_ok=True)
             write_text(Path(folder) / "frame_metrics.json", json.dumps(report.to_json(), indent=2) + "\n")
             write_text(Path(folder) / "frame_metrics.csv", report.to_csv())
 
