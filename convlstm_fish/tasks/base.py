@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from convlstm_fish.errors import UserError
+from convlstm_fish.errors import UserError, require
 
 Batch = dict[str, Any]
 
@@ -67,15 +67,12 @@ class Task(pl.LightningModule, ABC):
     ) -> None:
         super().__init__()
         for name, value in (("lr", lr), ("eps", eps)):
-            if not (math.isfinite(value) and value > 0):
-                raise UserError(f"{name}: {value!r} is not a number above 0")
+            require(name, value, math.isfinite(value) and value > 0, "a number above 0")
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise UserError(f"betas: {betas!r} are not two numbers from 0 to below 1")
         for name, value in (("weight_decay", weight_decay), ("warmup_steps", warmup_steps)):
-            if value < 0:
-                raise UserError(f"{name}: {value!r} is not 0 or more")
-        if lr_schedule not in LR_SCHEDULES:
-            raise UserError(f"lr_schedule: {lr_schedule!r} is not one of {', '.join(LR_SCHEDULES)}")
+            require(name, value, value >= 0, "0 or more")
+        require("lr_schedule", lr_schedule, lr_schedule in LR_SCHEDULES, f"one of {', '.join(LR_SCHEDULES)}")
 
     def configure_optimizers(self) -> Any:
         """Adam with the task's hyper-parameters; a schedule only where one was asked for."""

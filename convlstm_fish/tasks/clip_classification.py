@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from convlstm_fish.errors import UserError
+from convlstm_fish.errors import UserError, require
 from convlstm_fish.layers import ConvLSTMCell
 from convlstm_fish.models import ClipClassifier
 from convlstm_fish.tasks.base import Batch, Task, valid_and_index
@@ -83,8 +83,7 @@ class ClipClassification(Task):
         if class_weights is not None and (len(class_weights) != labels or min(class_weights) < 0):
             raise UserError(f"class_weights: {class_weights!r} are not {labels} numbers from 0 up, one for each label")
         for name, value in (("l1", l1), ("l2", l2)):
-            if value < 0:
-                raise UserError(f"{name}: {value!r} is not 0 or more")
+            require(name, value, value >= 0, "0 or more")
         self.configure_models()
         self.configure_losses()
         self.configure_metrics()

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from convlstm_fish.errors import UserError
+from convlstm_fish.errors import UserError, require
 from convlstm_fish.evaluate.frame_metrics import METRICS, FrameReport, copy_last, frame_metrics, metric_dtype, ssim
 from convlstm_fish.files import write_text
 from convlstm_fish.models import EncoderForecaster, FramePredictor, StackedPredictor
@@ -158,13 +158,10 @@ class FramePrediction(Task):
             ("loss", loss, LOSSES),
             ("optimizer", optimizer, ("adam", "rmsprop")),
         ):
-            if value not in known:
-                raise UserError(f"{name}: {value!r} is not one of {', '.join(known)}")
+            require(name, value, value in known, f"one of {', '.join(known)}")
         for name, number in (("ssim_weight", ssim_weight), ("sampling_start", sampling_start)):
-            if not 0 <= number <= 1:
-                raise UserError(f"{name}: {number!r} is not a number from 0 to 1")
-        if sampling_steps < 1:
-            raise UserError(f"sampling_steps: {sampling_steps!r} is not 1 or more")
+            require(name, number, 0 <= number <= 1, "a number from 0 to 1")
+        require("sampling_steps", sampling_steps, sampling_steps >= 1, "1 or more")
         if openstl and (optimizer != "adam" or warmup_steps):
             raise UserError("lr_schedule: openstl has its own rise and needs optimizer adam and warmup_steps 0")
         self.configure_models()

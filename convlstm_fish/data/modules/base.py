@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate
 
 from convlstm_fish.data.order import EvaluationOrder, RunOrder
-from convlstm_fish.errors import UserError
+from convlstm_fish.errors import UserError, require
 
 Batch = dict[str, Any]
 
@@ -254,9 +254,3 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
 def to_unit(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 pixels divided by 255, in ``dtype``."""
     return pixels.to(dtype).div_(255)
-
-
-def require(option: str, value: object, good: bool, expected: str) -> None:
-    """Raise the one-line error for an option's value unless it is ``good``."""
-    if not good:
-        raise UserError(f"{option}: {value!r} is not {expected}")

@@ -11,7 +11,8 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from convlstm_fish.data.digits import DigitSet, drawn_digits, idx_digits
-from convlstm_fish.data.modules.base import Batch, ResumableDataModule, Samples, require
+from convlstm_fish.data.modules.base import Batch, ResumableDataModule, Samples
+from convlstm_fish.errors import require
 
 DEFAULT_PATH = Path("data/mnist")
 
