@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from convlstm_fish.data import labels as rules
 from convlstm_fish.data import store
-from convlstm_fish.data.clips import split_ranges
 from convlstm_fish.errors import UserError
 
 
@@ -110,15 +109,11 @@ class Recording:
         Args:
             splits: ranges of frames by name, or three shares for train, validation and test.
         """
-        if isinstance(splits, Mapping):
-            ranges = store.check_splits(splits, len(self), "splits")
-        else:
-            ranges = split_ranges(len(self), splits)
         return Recording(
             self.path,
             self.frames,
             self.fps,
-            ranges,
+            store.choose_splits(splits, len(self)),
             name=self.name,
             metadata=self.metadata,
             header=self._header,

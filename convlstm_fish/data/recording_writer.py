@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from convlstm_fish.data import labels as rules
 from convlstm_fish.data import store
-from convlstm_fish.data.clips import PUBLISHED_RATIOS, split_ranges
+from convlstm_fish.data.clips import PUBLISHED_RATIOS
 from convlstm_fish.data.recording import Recording
 from convlstm_fish.errors import UserError
 
@@ -148,11 +148,7 @@ class RecordingWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         motion = self._motion[:frames]
-        splits = (
-            store.check_splits(self._splits, frames, "splits")
-            if isinstance(self._splits, Mapping)
-            else split_ranges(frames, self._splits)
-        )
+        splits = store.choose_splits(self._splits, frames)
         labels = rules.per_split(
             motion,
             splits,
