@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 
 from convlstm_fish.evaluate import figures as draw
 from convlstm_fish.evaluate.result import Evaluation, Row
-from convlstm_fish.evaluate.table import DASH, interval_text, number, threshold_text
+from convlstm_fish.evaluate.table import difference_text, interval_text, notes_of, number, skill_text, threshold_text
 from convlstm_fish.evaluate.verdict import signed
 from convlstm_fish.files import write_text
 
@@ -72,7 +72,7 @@ def render(result: Evaluation, settings: Mapping[str, Any], title: str | None = 
                 "model": d.model,
                 "baseline": d.baseline,
                 "value": signed(d.value),
-                "interval": DASH if d.interval is None else f"{signed(d.interval.low)} to {signed(d.interval.high)}",
+                "interval": difference_text(d.interval),
             }
             for d in result.differences
         ],
@@ -84,7 +84,7 @@ def render(result: Evaluation, settings: Mapping[str, Any], title: str | None = 
                 "name": row.name,
                 "ece": number(row.calibration.ece),
                 "brier": number(row.calibration.brier),
-                "skill": DASH if row.calibration.brier_skill is None else signed(row.calibration.brier_skill),
+                "skill": skill_text(row.calibration),
             }
             for row in result.rows
             if row.calibration is not None
@@ -92,7 +92,7 @@ def render(result: Evaluation, settings: Mapping[str, Any], title: str | None = 
         bursts=len(result.events.onset),
         event_rates=[f"{p.allowed_per_minute:g}" for p in scored[0].events] if scored else [],
         events=[{"name": row.name, "cells": _event_cells(row)} for row in scored],
-        notes=[*result.notes, *([_no_intervals(result)] if result.intervals_undefined else [])],
+        notes=notes_of(result),
         settings=_flat({**result.settings, **settings}),
         css=Markup((page / "page.css").read_text(encoding="utf-8")),
         js=Markup((page / "page.js").read_text(encoding="utf-8")),
@@ -104,10 +104,6 @@ def render(result: Evaluation, settings: Mapping[str, Any], title: str | None = 
 def _script_safe(text: str) -> str:
     """JSON that cannot end the script element it stands in, whatever the strings hold."""
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _no_intervals(result: Evaluation) -> str:
-    return f"No confidence intervals: {result.intervals_undefined}."
 
 
 def _figures(result: Evaluation) -> dict[str, Any]:

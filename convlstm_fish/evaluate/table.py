@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from convlstm_fish.evaluate.bootstrap import Interval
+from convlstm_fish.evaluate.calibration import Calibration
 from convlstm_fish.evaluate.metrics import OperatingPoint
 from convlstm_fish.evaluate.result import Evaluation
 from convlstm_fish.evaluate.verdict import signed
@@ -34,6 +35,22 @@ def threshold_text(value: float) -> str:
 def interval_text(interval: Interval | None) -> str:
     """``low to high``, or a dash."""
     return DASH if interval is None else f"{number(interval.low)} to {number(interval.high)}"
+
+
+def difference_text(interval: Interval | None) -> str:
+    """``low to high`` with signs, or a dash."""
+    return DASH if interval is None else f"{signed(interval.low)} to {signed(interval.high)}"
+
+
+def skill_text(calibration: Calibration) -> str:
+    """The Brier skill with its sign, or a dash."""
+    return DASH if calibration.brier_skill is None else signed(calibration.brier_skill)
+
+
+def notes_of(result: Evaluation) -> list[str]:
+    """What a reader should know about the data, and why there are no intervals where there are none."""
+    missing = result.intervals_undefined
+    return [*result.notes, *([f"No confidence intervals: {missing}."] if missing else [])]
 
 
 def point_text(point: OperatingPoint) -> tuple[str, str]:
@@ -79,10 +96,7 @@ def _difference_table(result: Evaluation) -> Table:
     table.add_column("difference", justify="right")
     table.add_column(f"{result.settings['confidence']:.0%} interval", justify="right")
     for d in result.differences:
-        interval = DASH
-        if d.interval is not None:
-            interval = f"{signed(d.interval.low)} to {signed(d.interval.high)}"
-        table.add_row(Text(d.model), Text(d.baseline), signed(d.value), interval)
+        table.add_row(Text(d.model), Text(d.baseline), signed(d.value), difference_text(d.interval))
     return table
 
 
@@ -112,8 +126,7 @@ def _calibration_table(result: Evaluation) -> Table:
     for row in result.rows:
         if row.calibration is not None:
             c = row.calibration
-            skill = DASH if c.brier_skill is None else signed(c.brier_skill)
-            table.add_row(Text(row.name), number(c.ece), number(c.brier), skill)
+            table.add_row(Text(row.name), number(c.ece), number(c.brier), skill_text(c))
     return table
 
 
@@ -131,11 +144,8 @@ def print_table(result: Evaluation, console: Console | None = None) -> None:
     if any(row.events for row in result.rows):
         parts.append(_event_table(result))
     parts.append(_calibration_table(result))
-    notes = list(result.notes)
-    if result.intervals_undefined:
-        notes.append(f"No confidence intervals: {result.intervals_undefined}.")
     console.print(Group(*parts))
-    for note in notes:
+    for note in notes_of(result):
         console.print(Text(note))
     verdicts = Text("\n".join(result.verdicts.values()))
     console.print(Panel(verdicts, title="Verdict", title_align="left"))
