@@ -20,7 +20,7 @@ from rich.table import Table
 
 from convlstm_fish.data.modules import FishClips
 from convlstm_fish.evaluate import evaluate_recording, print_table, write_report
-from convlstm_fish.evaluate.report import write_text
+from convlstm_fish.files import write_text
 from convlstm_fish.tasks import ClipClassification
 from convlstm_fish.tasks.callbacks.video_summary import encode_gif
 

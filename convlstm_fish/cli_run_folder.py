@@ -14,6 +14,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
 from convlstm_fish.cli_parser import CHECKPOINTS, CONFIG
+from convlstm_fish.files import write_text
 
 # Scalars that the table of hyper-parameters shows beside each run.
 _OUTCOMES = ("val/loss", "val/auroc", "val/average_precision", "test/loss", "test/auroc", "test/average_precision")
@@ -47,10 +48,7 @@ class RunFolder(pl.Callback):
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = os.path.abspath(self.path / CHECKPOINTS)
         if trainer.is_global_zero and not (self.path / CONFIG).exists():
-            self.path.mkdir(parents=True, exist_ok=True)
-            beside = self.path / f"{CONFIG}.tmp"
-            beside.write_text(self.config, encoding="utf-8")
-            os.replace(beside, self.path / CONFIG)
+            write_text(self.path / CONFIG, self.config)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what starts, and where; hand the settings to TensorBoard."""

@@ -1,4 +1,4 @@
-"""The one exception that a person, rather than a programmer, is meant to read."""
+"""The one exception that a person, rather than a programmer, is meant to read, and the check that raises it."""
 
 from __future__ import annotations
 
@@ -11,3 +11,9 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(str(message).split()))
+
+
+def require(option: str, value: object, good: bool, expected: str) -> None:
+    """Raise the one-line error for an option's value unless it is ``good``."""
+    if not good:
+        raise UserError(f"{option}: {value!r} is not {expected}")

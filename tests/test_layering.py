@@ -16,13 +16,14 @@ ROOT = Path(convlstm_fish.__file__).parent
 # What the files of a room may import from this package, besides their own room.
 ALLOWED = {
     "errors": set(),
+    "files": {"errors"},
     "progress": set(),
     "ops": {"errors", "progress"},
     "layers": {"errors", "progress", "ops"},
     "models": {"errors", "progress", "ops", "layers"},
-    "tasks": {"errors", "progress", "ops", "layers", "models", "evaluate"},  # evaluate for the scores of frames
+    "tasks": {"errors", "files", "progress", "ops", "layers", "models", "evaluate"},  # evaluate: scores of frames
     "data": {"errors", "progress"},
-    "evaluate": {"errors", "progress", "data"},
+    "evaluate": {"errors", "files", "progress", "data"},
     "interop": {"errors", "progress", "ops", "layers", "models"},
 }
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}

@@ -22,6 +22,7 @@ from typing import IO, Any
 import yaml
 
 from convlstm_fish.errors import UserError
+from convlstm_fish.files import write_text
 from convlstm_fish.progress import progress
 
 HELP = "Run ablations: change one factor of a base experiment at a time, over several seeds."
@@ -178,7 +179,7 @@ def _execute(run: Run, extra: Sequence[str], settings: Mapping[str, str], childr
         code = children.run(run_command(run, extra), log, environment)
     # A run that was stopped and goes on has taken the time of all its parts.
     seconds = time.monotonic() - started + _seconds(run)
-    _write(run.folder / "seconds.json", json.dumps(seconds))
+    write_text(run.folder / "seconds.json", json.dumps(seconds))
     if code or run.result() is None:
         lines = (run.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
         run.error = f"exit code {code}: {lines[-1].strip() if lines else 'it printed nothing'}"
@@ -374,7 +375,7 @@ def write_plot(rows: Sequence[Row], path: Path) -> None:
         figure.add_trace(points, row=1, col=column)
     figure.update_yaxes(title_text="test AUC (mean ± sd over seeds)", row=1, col=1)
     figure.update_layout(showlegend=False, title="Ablations: one factor changed at a time")
-    _write(path, figure.to_html(include_plotlyjs=True, full_html=True))
+    write_text(path, figure.to_html(include_plotlyjs=True, full_html=True))
 
 
 def _numbers(row: Row) -> dict[str, Any]:
@@ -382,12 +383,6 @@ def _numbers(row: Row) -> dict[str, Any]:
     return {
         name: None if isinstance(value, float) and math.isnan(value) else value for name, value in vars(row).items()
     }
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
 
 
 def ablate(
@@ -433,8 +428,8 @@ def ablate(
     execute(unique, extra, jobs, devices)
     rows = summarise(plan)
     if rows:
-        _write(folder / "ablation.md", markdown(rows))
-        _write(folder / "ablation.json", json.dumps([_numbers(row) for row in rows], indent=1, allow_nan=False))
+        write_text(folder / "ablation.md", markdown(rows))
+        write_text(folder / "ablation.json", json.dumps([_numbers(row) for row in rows], indent=1, allow_nan=False))
         write_plot(rows, folder / "ablation.html")
     failed = [run for run in unique if run.error]
     if failed:

@@ -19,8 +19,8 @@ from convlstm_fish.evaluate import MotionLSTMConfig, evaluate, print_table, writ
 from convlstm_fish.evaluate.baselines import PUBLISHED_CLIP, scaled_frames
 from convlstm_fish.evaluate.checks import positive_number
 from convlstm_fish.evaluate.evaluation import BLOCK_SECONDS, CONFIDENCE, RESAMPLES
-from convlstm_fish.evaluate.report import write_text
 from convlstm_fish.evaluate.result import Evaluation
+from convlstm_fish.files import write_text
 
 HELP = "Score probabilities beside the baseline panel: table, verdict and an HTML report."
 

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from convlstm_fish.data import background, clips, labels, store
-from convlstm_fish.data.recording import Recording, RecordingWriter
+from convlstm_fish.data.recording import Recording
+from convlstm_fish.data.recording_writer import RecordingWriter
 from convlstm_fish.data.video import VideoReader, local_path, resize, sha256
-from convlstm_fish.errors import UserError
+from convlstm_fish.errors import UserError, require
 from convlstm_fish.progress import progress
 
 Frame = npt.NDArray[np.uint8]
@@ -164,10 +165,6 @@ def _check_options(
     resample: float | None,
     threshold: float | str,
 ) -> None:
-    def require(option: str, value: object, good: bool, expected: str) -> None:
-        if not good:
-            raise UserError(f"{option}: {value!r} is not {expected}")
-
     require("invert", invert, invert in ("auto", "yes", "no"), "auto, yes or no")
     require("background", background_method, background_method in ("auto", "median", "none"), "auto, median or none")
     factor = not isinstance(contrast, str) and contrast > 0

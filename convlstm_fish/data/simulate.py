@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from convlstm_fish.data.labels import BURST_C
-from convlstm_fish.data.recording import Recording, RecordingWriter
+from convlstm_fish.data.recording import Recording
+from convlstm_fish.data.recording_writer import RecordingWriter
 from convlstm_fish.data.rendering import REFERENCE_SIZE, Bodies, Camera, background, scale_of, tank_walls
 from convlstm_fish.data.swimming import Habits, School
 from convlstm_fish.errors import UserError

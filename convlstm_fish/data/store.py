@@ -17,14 +17,14 @@ import shutil
 import stat
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from convlstm_fish.data.clips import SPLITS
+from convlstm_fish.data.clips import SPLITS, split_ranges
 from convlstm_fish.errors import UserError
 
 VERSION = 1
@@ -276,6 +276,15 @@ def check_splits(splits: Mapping[str, Any], frames: int, where: str) -> dict[str
         if start < stop:
             raise UserError(f"{where}: {first} and {second} overlap at frame {start}")
     return out
+
+
+def choose_splits(splits: Mapping[str, Any] | Sequence[float], frames: int) -> dict[str, tuple[int, int]]:
+    """Ranges of frames by name, checked; three shares for train, validation and test are cut into ranges.
+
+    Raises:
+        UserError: for ranges or shares that cannot be used.
+    """
+    return check_splits(splits, frames, "splits") if isinstance(splits, Mapping) else split_ranges(frames, splits)
 
 
 def map_frames(folder: Path, header: Mapping[str, Any]) -> npt.NDArray[np.uint8]:

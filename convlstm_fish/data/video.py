@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from convlstm_fish.data import store
-from convlstm_fish.data.recording import Recording, RecordingWriter
+from convlstm_fish.data.recording import Recording
+from convlstm_fish.data.recording_writer import RecordingWriter
 from convlstm_fish.errors import UserError
 from convlstm_fish.progress import progress
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from convlstm_fish.evaluate.metrics import Curve, Floats
+from convlstm_fish.evaluate.metrics import Curve, Floats, Metrics
 from convlstm_fish.evaluate.result import Evaluation, Row
 
 # Mid tones that stand out on white and on near-black; dashes tell them apart without colour.
@@ -67,8 +67,8 @@ def _thinned(x: Floats, y: Floats) -> tuple[Floats, Floats]:
     return x[keep], y[keep]
 
 
-def _curves(result: Evaluation) -> list[tuple[Row, Curve]]:
-    return [(row, row.metrics.curve) for row in result.rows if row.metrics is not None]
+def _scored(result: Evaluation) -> list[tuple[Row, Metrics]]:
+    return [(row, row.metrics) for row in result.rows if row.metrics is not None]
 
 
 def _spot() -> go.Scatter:
@@ -88,55 +88,42 @@ def _unit_axis() -> dict[str, Any]:
     return {"range": [-0.01, 1.01], "zeroline": False}
 
 
-def roc(result: Evaluation) -> go.Figure:
-    """ROC curves of everything that has one."""
-    figure = go.Figure(
-        layout=_layout(
-            "false positive rate", "true positive rate", len(result.rows) + 1, xaxis=_unit_axis(), yaxis=_unit_axis()
-        )
-    )
-    for row, curve in _curves(result):
-        x, y = _thinned(curve.fpr, curve.tpr)
-        name = f"{label(row.name)}, {row.metrics.auc:.3f}" if row.metrics else label(row.name)
+def _curve_figure(
+    result: Evaluation, x: str, y: str, lines: list[tuple[Row, Floats, Floats, float]], hover: str
+) -> go.Figure:
+    """Lines in the unit square, each with its area in the legend, and the spot of the chosen threshold."""
+    figure = go.Figure(layout=_layout(x, y, len(result.rows) + 1, xaxis=_unit_axis(), yaxis=_unit_axis()))
+    for row, along, up, area in lines:
         figure.add_scatter(
-            x=x,
-            y=y,
+            x=along,
+            y=up,
             mode="lines",
             line=_line(result, row),
-            name=name,
-            hovertemplate="FPR %{x:.3f}, TPR %{y:.3f}",
+            name=f"{label(row.name)}, {area:.3f}",
+            hovertemplate=hover,
         )
     return figure.add_trace(_spot())
+
+
+def roc(result: Evaluation) -> go.Figure:
+    """ROC curves of everything that has one."""
+    lines = [(row, *_thinned(m.curve.fpr, m.curve.tpr), m.auc) for row, m in _scored(result)]
+    return _curve_figure(result, "false positive rate", "true positive rate", lines, hover="FPR %{x:.3f}, TPR %{y:.3f}")
 
 
 def precision_recall(result: Evaluation) -> go.Figure:
     """Precision-recall curves of everything that has one, and the base rate."""
-    figure = go.Figure(
-        layout=_layout(
-            "recall (true positive rate)",
-            "precision",
-            len(result.rows) + 1,
-            xaxis=_unit_axis(),
-            yaxis=_unit_axis(),
-            showlegend=True,
-        )
+    lines = [(row, *_recall_and_precision(m.curve), m.average_precision) for row, m in _scored(result)]
+    return _curve_figure(
+        result, "recall (true positive rate)", "precision", lines, hover="recall %{x:.3f}, precision %{y:.3f}"
     )
-    for row, curve in _curves(result):
-        if len(curve.thresholds) == 2:  # a constant score has the base rate for precision, at recall 1 only
-            x, y = np.array([0.0, 1.0]), np.full(2, curve.precision[-1])
-        else:
-            # Precision is not defined where nothing is called positive.
-            x, y = _thinned(curve.tpr[1:], curve.precision[1:])
-        name = f"{label(row.name)}, {row.metrics.average_precision:.3f}" if row.metrics else label(row.name)
-        figure.add_scatter(
-            x=x,
-            y=y,
-            mode="lines",
-            line=_line(result, row),
-            name=name,
-            hovertemplate="recall %{x:.3f}, precision %{y:.3f}",
-        )
-    return figure.add_trace(_spot())
+
+
+def _recall_and_precision(curve: Curve) -> tuple[Floats, Floats]:
+    if len(curve.thresholds) == 2:  # a constant score has the base rate for precision, at recall 1 only
+        return np.array([0.0, 1.0]), np.full(2, curve.precision[-1])
+    # Precision is not defined where nothing is called positive.
+    return _thinned(curve.tpr[1:], curve.precision[1:])
 
 
 def thresholds(result: Evaluation) -> go.Figure:

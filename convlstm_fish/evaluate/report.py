@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -18,13 +17,11 @@ import plotly.io
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from convlstm_fish.errors import UserError
 from convlstm_fish.evaluate import figures as draw
 from convlstm_fish.evaluate.result import Evaluation, Row
-from convlstm_fish.evaluate.table import interval_text, number, threshold_text
+from convlstm_fish.evaluate.table import difference_text, interval_text, notes_of, number, skill_text, threshold_text
 from convlstm_fish.evaluate.verdict import signed
-
-DASH = "\N{EN DASH}"
+from convlstm_fish.files import write_text
 
 
 def write_report(
@@ -56,29 +53,6 @@ def write_report(
     return target
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is complete or absent: beside, to the disk, renamed.
-
-    Raises:
-        UserError: where that is not possible.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
-
-
 def render(result: Evaluation, settings: Mapping[str, Any], title: str | None = None) -> str:
     """The page as text; see :func:`write_report`."""
     models = [row for row in result.rows if row.scorer.is_model]
@@ -98,7 +72,7 @@ def render(result: Evaluation, settings: Mapping[str, Any], title: str | None = 
                 "model": d.model,
                 "baseline": d.baseline,
                 "value": signed(d.value),
-                "interval": DASH if d.interval is None else f"{signed(d.interval.low)} to {signed(d.interval.high)}",
+                "interval": difference_text(d.interval),
             }
             for d in result.differences
         ],
@@ -110,7 +84,7 @@ def render(result: Evaluation, settings: Mapping[str, Any], title: str | None = 
                 "name": row.name,
                 "ece": number(row.calibration.ece),
                 "brier": number(row.calibration.brier),
-                "skill": DASH if row.calibration.brier_skill is None else signed(row.calibration.brier_skill),
+                "skill": skill_text(row.calibration),
             }
             for row in result.rows
             if row.calibration is not None
@@ -118,7 +92,7 @@ def render(result: Evaluation, settings: Mapping[str, Any], title: str | None = 
         bursts=len(result.events.onset),
         event_rates=[f"{p.allowed_per_minute:g}" for p in scored[0].events] if scored else [],
         events=[{"name": row.name, "cells": _event_cells(row)} for row in scored],
-        notes=[*result.notes, *([_no_intervals(result)] if result.intervals_undefined else [])],
+        notes=notes_of(result),
         settings=_flat({**result.settings, **settings}),
         css=Markup((page / "page.css").read_text(encoding="utf-8")),
         js=Markup((page / "page.js").read_text(encoding="utf-8")),
@@ -130,10 +104,6 @@ def render(result: Evaluation, settings: Mapping[str, Any], title: str | None = 
 def _script_safe(text: str) -> str:
     """JSON that cannot end the script element it stands in, whatever the strings hold."""
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _no_intervals(result: Evaluation) -> str:
-    return f"No confidence intervals: {result.intervals_undefined}."
 
 
 def _figures(result: Evaluation) -> dict[str, Any]:

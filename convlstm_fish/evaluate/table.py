@@ -10,11 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from convlstm_fish.evaluate.bootstrap import Interval
+from convlstm_fish.evaluate.calibration import Calibration
 from convlstm_fish.evaluate.metrics import OperatingPoint
 from convlstm_fish.evaluate.result import Evaluation
 from convlstm_fish.evaluate.verdict import signed
 
 MINUS = "\N{MINUS SIGN}"
+DASH = "\N{EN DASH}"  # where there is no figure
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -32,7 +34,23 @@ def threshold_text(value: float) -> str:
 
 def interval_text(interval: Interval | None) -> str:
     """``low to high``, or a dash."""
-    return "\N{EN DASH}" if interval is None else f"{number(interval.low)} to {number(interval.high)}"
+    return DASH if interval is None else f"{number(interval.low)} to {number(interval.high)}"
+
+
+def difference_text(interval: Interval | None) -> str:
+    """``low to high`` with signs, or a dash."""
+    return DASH if interval is None else f"{signed(interval.low)} to {signed(interval.high)}"
+
+
+def skill_text(calibration: Calibration) -> str:
+    """The Brier skill with its sign, or a dash."""
+    return DASH if calibration.brier_skill is None else signed(calibration.brier_skill)
+
+
+def notes_of(result: Evaluation) -> list[str]:
+    """What a reader should know about the data, and why there are no intervals where there are none."""
+    missing = result.intervals_undefined
+    return [*result.notes, *([f"No confidence intervals: {missing}."] if missing else [])]
 
 
 def point_text(point: OperatingPoint) -> tuple[str, str]:
@@ -53,7 +71,7 @@ def _main_table(result: Evaluation) -> Table:
         # A user's name may hold square brackets, which must not be read as markup.
         name = Text(row.name, style="bold" if row.scorer.is_model else "")
         if row.metrics is None:
-            table.add_row(name, Text(row.undefined or "", style="italic"))
+            table.add_row(name, *[DASH] * 4)
             continue
         m = row.metrics
         table.add_row(
@@ -66,6 +84,11 @@ def _main_table(result: Evaluation) -> Table:
     return table
 
 
+def _reasons(result: Evaluation) -> list[Text]:
+    """Why a row has no figures, a line for each such row; in the table it would fill a narrow column."""
+    return [Text(f"{row.name}: {row.undefined}", style="italic") for row in result.rows if row.metrics is None]
+
+
 def _difference_table(result: Evaluation) -> Table:
     table = Table(title="Difference in AUC, model minus baseline", title_justify="left")
     table.add_column("model", overflow="fold")
@@ -73,10 +96,7 @@ def _difference_table(result: Evaluation) -> Table:
     table.add_column("difference", justify="right")
     table.add_column(f"{result.settings['confidence']:.0%} interval", justify="right")
     for d in result.differences:
-        interval = "\N{EN DASH}"
-        if d.interval is not None:
-            interval = f"{signed(d.interval.low)} to {signed(d.interval.high)}"
-        table.add_row(Text(d.model), Text(d.baseline), signed(d.value), interval)
+        table.add_row(Text(d.model), Text(d.baseline), signed(d.value), difference_text(d.interval))
     return table
 
 
@@ -106,8 +126,7 @@ def _calibration_table(result: Evaluation) -> Table:
     for row in result.rows:
         if row.calibration is not None:
             c = row.calibration
-            skill = "\N{EN DASH}" if c.brier_skill is None else signed(c.brier_skill)
-            table.add_row(Text(row.name), number(c.ece), number(c.brier), skill)
+            table.add_row(Text(row.name), number(c.ece), number(c.brier), skill_text(c))
     return table
 
 
@@ -119,17 +138,14 @@ def print_table(result: Evaluation, console: Console | None = None) -> None:
         console: where to, by default standard output.
     """
     console = console or Console()
-    parts: list[Table] = [_main_table(result)]
+    parts: list[Table | Text] = [_main_table(result), *_reasons(result)]
     if result.differences:
         parts.append(_difference_table(result))
     if any(row.events for row in result.rows):
         parts.append(_event_table(result))
     parts.append(_calibration_table(result))
-    notes = list(result.notes)
-    if result.intervals_undefined:
-        notes.append(f"No confidence intervals: {result.intervals_undefined}.")
     console.print(Group(*parts))
-    for note in notes:
+    for note in notes_of(result):
         console.print(Text(note))
     verdicts = Text("\n".join(result.verdicts.values()))
     console.print(Panel(verdicts, title="Verdict", title_align="left"))

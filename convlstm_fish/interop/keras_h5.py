@@ -148,10 +148,7 @@ def _read_vars(path: Path, file: Group, source: KerasSource) -> None:
             roles = _roles(path, name, kind, None, len(found[name]))
             source.layers.append(NamedLayer(name, dict(zip(roles, found[name]))))
     if "optimizer" in file.members and trainable:
-        flat = _layer_arrays(path, file.group("optimizer"))
-        counters = [int(array) for array in flat[:1] if array.ndim == 0]
-        if counters and attach_moments(source.layers, trainable, [array for array in flat if array.ndim]):
-            source.iterations = counters[0]
+        attach_moments(source, trainable, _layer_arrays(path, file.group("optimizer")))
 
 
 def _group_order(name: str) -> tuple[str, int]:
@@ -211,7 +208,4 @@ def _read_legacy(path: Path, file: Group, source: KerasSource) -> None:
     if "optimizer_weights" in file.members and trainable:
         optimizer = file.group("optimizer_weights")
         keys = optimizer.attributes.get("weight_names", [])
-        flat = [checked(path, key, optimizer.array(key)) for key in keys]
-        counters = [int(array) for array in flat[:1] if array.ndim == 0]
-        if counters and attach_moments(source.layers, trainable, [array for array in flat if array.ndim]):
-            source.iterations = counters[0]
+        attach_moments(source, trainable, [checked(path, key, optimizer.array(key)) for key in keys])

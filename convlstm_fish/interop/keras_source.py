@@ -168,29 +168,28 @@ def checked(path: Path, name: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def attach_moments(layers: list[NamedLayer], trainable: list[tuple[int, str]], flat: list[np.ndarray]) -> bool:
-    """Give Adam's moments, saved as one list, to the arrays they belong to.
+def attach_moments(source: KerasSource, trainable: list[tuple[int, str]], variables: list[np.ndarray]) -> None:
+    """Give Adam's moments, saved as one list behind its step count, to the arrays they belong to.
 
-    Keras saves m and v of each variable in turn (since 2.11) or all m and then all v (before).
+    Keras saves m and v of each variable in turn (since 2.11) or all m and then all v (before). Where the list is not
+    that of an Adam over these variables, nothing is taken from it.
 
     Args:
-        layers: to be filled.
+        source: whose layers and ``iterations`` are to be filled.
         trainable: (index of layer, role) in the order of the model's trainable variables.
-        flat: the optimizer's variables without its scalars.
-
-    Returns:
-        Whether the list was that of an Adam over these variables.
+        variables: all of the optimizer's.
     """
     n = len(trainable)
-    if n == 0 or len(flat) != 2 * n:
-        return False
+    flat = [array for array in variables if array.ndim]
+    if n == 0 or len(flat) != 2 * n or variables[0].ndim:
+        return
+    targets = [(source.layers[index], role) for index, role in trainable]
     for pairs in (list(zip(flat[0::2], flat[1::2])), list(zip(flat[:n], flat[n:]))):
-        targets = [(layers[index], role) for index, role in trainable]
         if all(
             m.shape == v.shape == layer.arrays[role].shape and (v >= 0).all()
             for (layer, role), (m, v) in zip(targets, pairs)
         ):
             for (layer, role), pair in zip(targets, pairs):
                 layer.moments[role] = pair
-            return True
-    return False
+            source.iterations = int(variables[0])
+            return

@@ -154,9 +154,6 @@ class TensorBundle:
             raise ValueError("variables.index has no header of a little-endian checkpoint")
         self._shards = integer(header, 1)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._entries
-
     def _raw(self, name: str) -> tuple[int, tuple[int, ...], bytes]:
         entry = self._entries[name]
         if 7 in entry:

@@ -1,15 +1,20 @@
-"""What the tasks share: the optimizer and its schedule, told by plain hyper-parameters."""
+"""What the tasks share: the optimizer with its schedule, and the way of validation and test."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
 
-from convlstm_fish.errors import UserError
+from convlstm_fish.errors import UserError, require
+
+Batch = dict[str, Any]
 
 LR_SCHEDULES = ("constant", "cosine", "one_cycle")
 
@@ -34,8 +39,11 @@ def schedule_factor(kind: str, warmup_steps: int, total_steps: int) -> Callable[
     return factor
 
 
-class Task(pl.LightningModule):
-    """Base of the tasks: Adam, and the schedule of its learning rate.
+class Task(pl.LightningModule, ABC):
+    """Base of the tasks: Adam, the schedule of its learning rate, and validation and test.
+
+    A subclass makes its scores in ``configure_metrics``; :meth:`_score` adds a batch to them, :meth:`_report` says what
+    they came to.
 
     Args:
         lr: learning rate of Adam, the highest one where it follows a schedule.
@@ -49,20 +57,22 @@ class Task(pl.LightningModule):
         UserError: for a value that makes no sense.
     """
 
+    val_scores: Any
+    test_scores: Any
+    val_loss: MeanMetric
+    test_loss: MeanMetric
+
     def __init__(
         self, lr: float, betas: list[float], eps: float, weight_decay: float, lr_schedule: str, warmup_steps: int
     ) -> None:
         super().__init__()
         for name, value in (("lr", lr), ("eps", eps)):
-            if not (math.isfinite(value) and value > 0):
-                raise UserError(f"{name}: {value!r} is not a number above 0")
+            require(name, value, math.isfinite(value) and value > 0, "a number above 0")
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise UserError(f"betas: {betas!r} are not two numbers from 0 to below 1")
         for name, value in (("weight_decay", weight_decay), ("warmup_steps", warmup_steps)):
-            if value < 0:
-                raise UserError(f"{name}: {value!r} is not 0 or more")
-        if lr_schedule not in LR_SCHEDULES:
-            raise UserError(f"lr_schedule: {lr_schedule!r} is not one of {', '.join(LR_SCHEDULES)}")
+            require(name, value, value >= 0, "0 or more")
+        require("lr_schedule", lr_schedule, lr_schedule in LR_SCHEDULES, f"one of {', '.join(LR_SCHEDULES)}")
 
     def configure_optimizers(self) -> Any:
         """Adam with the task's hyper-parameters; a schedule only where one was asked for."""
@@ -77,3 +87,37 @@ class Task(pl.LightningModule):
         factor = schedule_factor(h["lr_schedule"], h["warmup_steps"], total)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # -- validation and test ---------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _score(self, batch: Batch, scores: Any, mean_loss: MeanMetric) -> None:
+        """Add what is no padding in a batch to the scores and the mean loss."""
+
+    @abstractmethod
+    def _report(self, stage: str, scores: Any, mean_loss: MeanMetric) -> None:
+        """Log loss and scores of "val" or "test" over all processes, keep what follows from them, start anew."""
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Score the batch."""
+        self._score(batch, self.val_scores, self.val_loss)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Score the batch."""
+        self._score(batch, self.test_scores, self.test_loss)
+
+    def on_validation_epoch_end(self) -> None:
+        """Report the validation."""
+        self._report("val", self.val_scores, self.val_loss)
+
+    def on_test_epoch_end(self) -> None:
+        """Report the test."""
+        self._report("test", self.test_scores, self.test_loss)
+
+
+def valid_and_index(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Which samples are no padding (N,), and the index of those; -1 where the batch does not tell."""
+    samples, device = len(batch["video"]), batch["video"].device
+    valid = batch.get("valid", torch.ones(samples, dtype=torch.bool, device=device))
+    index = batch.get("index", torch.full((samples,), -1, device=device))
+    return valid, index[valid]

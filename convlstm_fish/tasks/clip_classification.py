@@ -11,13 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from convlstm_fish.errors import UserError
+from convlstm_fish.errors import UserError, require
 from convlstm_fish.layers import ConvLSTMCell
 from convlstm_fish.models import ClipClassifier
-from convlstm_fish.tasks.base import Task
+from convlstm_fish.tasks.base import Batch, Task, valid_and_index
 from convlstm_fish.tasks.scores import Scores
-
-Batch = dict[str, Any]
 
 
 class ClipClassification(Task):
@@ -85,8 +83,7 @@ class ClipClassification(Task):
         if class_weights is not None and (len(class_weights) != labels or min(class_weights) < 0):
             raise UserError(f"class_weights: {class_weights!r} are not {labels} numbers from 0 up, one for each label")
         for name, value in (("l1", l1), ("l2", l2)):
-            if value < 0:
-                raise UserError(f"{name}: {value!r} is not 0 or more")
+            require(name, value, value >= 0, "0 or more")
         self.configure_models()
         self.configure_losses()
         self.configure_metrics()
@@ -141,7 +138,7 @@ class ClipClassification(Task):
         return total
 
     def _score(self, batch: Batch, scores: Scores, mean_loss: MeanMetric) -> None:
-        valid, index = _valid_and_index(batch)
+        valid, index = valid_and_index(batch)
         logits = self(batch["video"], batch.get("lengths"))[valid]
         label = batch["label"][valid]
         if len(label):
@@ -172,32 +169,8 @@ class ClipClassification(Task):
         self.log("train/loss", total.detach(), prog_bar=True)
         return total
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Score the batch."""
-        self._score(batch, self.val_scores, self.val_loss)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Score the batch."""
-        self._score(batch, self.test_scores, self.test_loss)
-
-    def on_validation_epoch_end(self) -> None:
-        """Report the validation."""
-        self._report("val", self.val_scores, self.val_loss)
-
-    def on_test_epoch_end(self) -> None:
-        """Report the test and keep its ``predictions``."""
-        self._report("test", self.test_scores, self.test_loss)
-
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """``index`` and ``probability`` of the clips that are no padding."""
         probability = self.probability(self(batch["video"], batch.get("lengths")))
-        valid, index = _valid_and_index(batch)
+        valid, index = valid_and_index(batch)
         return {"index": index, "probability": probability[valid]}
-
-
-def _valid_and_index(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Which clips are no padding (N,), and the index of those; -1 where the batch does not tell."""
-    clips, device = len(batch["video"]), batch["video"].device
-    valid = batch.get("valid", torch.ones(clips, dtype=torch.bool, device=device))
-    index = batch.get("index", torch.full((clips,), -1, device=device))
-    return valid, index[valid]

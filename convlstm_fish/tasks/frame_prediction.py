@@ -7,23 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import rich
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
-from torchmetrics import MeanMetric, Metric
-from torchmetrics.utilities import dim_zero_cat
+from torchmetrics import MeanMetric
 
-from convlstm_fish.errors import UserError
-from convlstm_fish.evaluate.frame_metrics import METRICS, FrameReport, copy_last, frame_metrics, metric_dtype, ssim
-from convlstm_fish.evaluate.report import write_text
+from convlstm_fish.errors import UserError, require
+from convlstm_fish.evaluate.frame_metrics import METRICS, FrameReport, ssim
+from convlstm_fish.files import write_text
 from convlstm_fish.models import EncoderForecaster, FramePredictor, StackedPredictor
 from convlstm_fish.models.frame_network import FrameNetwork
-from convlstm_fish.tasks.base import Task, schedule_factor
-
-Batch = dict[str, Any]
+from convlstm_fish.tasks.base import Batch, Task, schedule_factor, valid_and_index
+from convlstm_fish.tasks.frame_scores import FrameScores
 
 ARCHITECTURES: dict[str, Callable[..., FrameNetwork]] = {
     "encoder_decoder": FramePredictor,
@@ -42,48 +39,6 @@ class OneCycle(OneCycleLR):
         """Take the position and set the learning rate that this run has there."""
         self._step_count, self.last_epoch = state_dict["_step_count"], state_dict["last_epoch"] - 1
         self.step()
-
-
-class FrameScores(Metric):
-    """The metrics of every frame of every sequence, for the prediction and for the copy of the last frame."""
-
-    full_state_update = False
-    index: list[Tensor]
-    model: list[Tensor]
-    baseline: list[Tensor]
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        for name in ("index", "model", "baseline"):
-            self.add_state(name, default=[], dist_reduce_fx="cat")
-
-    def update(self, index: Tensor, prediction: Tensor, video: Tensor, future: Tensor) -> None:
-        """Add sequences: index (N,), prediction and future (N, T', C, H, W), video (N, T, C, H, W); N may be 0."""
-        steps = future.shape[1]
-        self.index.append(index)
-        for scores, frames in ((self.model, prediction), (self.baseline, copy_last(video, steps))):
-            if len(index):
-                scores.append(torch.stack(list(frame_metrics(frames, future).values()), dim=-1))
-            else:
-                none = torch.empty(0, steps, len(METRICS), dtype=metric_dtype(index.device), device=index.device)
-                scores.append(none)
-
-    def compute(self) -> dict[str, Tensor]:
-        """All sequences so far, of all processes once synchronised: (N,), (N, T', metrics) and the same again."""
-        return {name: dim_zero_cat(getattr(self, name)) for name in ("index", "model", "baseline") if len(self.index)}
-
-    def report(self) -> FrameReport | None:
-        """All sequences of all processes in order of their index; None without any."""
-        parts = {name: value.cpu().numpy() for name, value in self.compute().items()}
-        if not parts or not parts["index"].size:
-            return None
-        index = parts["index"].reshape(-1)  # torchmetrics makes a scalar of a single one
-        order = np.argsort(index, kind="stable")
-        named = [
-            {name: parts[who][order, :, k].astype(np.float64) for k, name in enumerate(METRICS)}
-            for who in ("model", "baseline")
-        ]
-        return FrameReport(index[order], *named)
 
 
 class FramePrediction(Task):
@@ -162,13 +117,10 @@ class FramePrediction(Task):
             ("loss", loss, LOSSES),
             ("optimizer", optimizer, ("adam", "rmsprop")),
         ):
-            if value not in known:
-                raise UserError(f"{name}: {value!r} is not one of {', '.join(known)}")
+            require(name, value, value in known, f"one of {', '.join(known)}")
         for name, number in (("ssim_weight", ssim_weight), ("sampling_start", sampling_start)):
-            if not 0 <= number <= 1:
-                raise UserError(f"{name}: {number!r} is not a number from 0 to 1")
-        if sampling_steps < 1:
-            raise UserError(f"sampling_steps: {sampling_steps!r} is not 1 or more")
+            require(name, number, 0 <= number <= 1, "a number from 0 to 1")
+        require("sampling_steps", sampling_steps, sampling_steps >= 1, "1 or more")
         if openstl and (optimizer != "adam" or warmup_steps):
             raise UserError("lr_schedule: openstl has its own rise and needs optimizer adam and warmup_steps 0")
         self.configure_models()
@@ -276,15 +228,14 @@ class FramePrediction(Task):
         return logits
 
     def _score(self, batch: Batch, scores: FrameScores, mean_loss: MeanMetric) -> None:
-        valid, index = _valid_and_index(batch)
+        valid, index = valid_and_index(batch)
         logits = self.network(batch["video"], batch["future"].shape[1])[valid]
         video, future = batch["video"][valid], batch["future"][valid]
         if len(index):
             mean_loss.update(self.loss(logits, future))
         scores.update(index, self.network.to_frames(logits.float()), video, future)
 
-    def _finish(self, stage: str, scores: FrameScores, mean_loss: MeanMetric) -> FrameReport | None:
-        """Log the means over all processes and keep the report."""
+    def _report(self, stage: str, scores: FrameScores, mean_loss: MeanMetric) -> None:
         self.log(f"{stage}/loss", mean_loss, prog_bar=stage == "val")
         self.report = scores.report()
         scores.reset()
@@ -294,7 +245,6 @@ class FramePrediction(Task):
                 for name in METRICS if stage == "test" else ("mse", "mae", "ssim", "psnr"):
                     # The report is the same in all processes: the mean of its values is their value.
                     self.log(f"{stage}/{prefix}{name}", float(values[name].mean()), sync_dist=True)
-        return self.report
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
@@ -311,27 +261,15 @@ class FramePrediction(Task):
         self.log("train/loss", total.detach(), prog_bar=True)
         return total
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Score the batch."""
-        self._score(batch, self.val_scores, self.val_loss)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Score the batch."""
-        self._score(batch, self.test_scores, self.test_loss)
-
-    def on_validation_epoch_end(self) -> None:
-        """Report the validation."""
-        self._finish("val", self.val_scores, self.val_loss)
-
     def on_test_epoch_end(self) -> None:
         """Report the test: log, print the table, write the files."""
-        report = self._finish("test", self.test_scores, self.test_loss)
+        super().on_test_epoch_end()
+        report = self.report
         folder = self.trainer.log_dir  # asked by every process, for they agree on it
         if report is None or not self.trainer.is_global_zero:
             return
         rich.print(report.table())
         if folder is not None and self.trainer.loggers:
-            Path(folder).mkdir(parents=True, exist_ok=True)
             write_text(Path(folder) / "frame_metrics.json", json.dumps(report.to_json(), indent=2) + "\n")
             write_text(Path(folder) / "frame_metrics.csv", report.to_csv())
 
@@ -340,7 +278,7 @@ class FramePrediction(Task):
 
         The first batch also has ``given``, uint8 (n, T, C, H, W), the frames before its first few, to be shown.
         """
-        valid, index = _valid_and_index(batch)
+        valid, index = valid_and_index(batch)
         frames = self(batch["video"], batch["future"].shape[1] if "future" in batch else batch["future_frames"])
         said = {"index": index, "frames": _pixels(frames[valid])}
         return said if batch_idx else {**said, "given": _pixels(batch["video"][valid][:SHOWN])}
@@ -349,11 +287,3 @@ class FramePrediction(Task):
 def _pixels(frames: Tensor) -> Tensor:
     """Numbers from 0 to 1 as uint8."""
     return (frames.float().clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def _valid_and_index(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Which sequences are no padding (N,), and the index of those; -1 where the batch does not tell."""
-    sequences, device = len(batch["video"]), batch["video"].device
-    valid = batch.get("valid", torch.ones(sequences, dtype=torch.bool, device=device))
-    index = batch.get("index", torch.full((sequences,), -1, device=device))
-    return valid, index[valid]

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convlstm_fish.data.recording import Recording, RecordingWriter
+from convlstm_fish.data.recording import Recording
+from convlstm_fish.data.recording_writer import RecordingWriter
 
 
 @pytest.fixture(scope="session")

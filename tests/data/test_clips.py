@@ -10,6 +10,7 @@ from PIL import Image
 
 from convlstm_fish.data import clips, labels
 from convlstm_fish.data.clips import split_ranges
+from convlstm_fish.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,15 @@ def test_published_counts() -> None:
     assert len(clips.clip_ends(0, 44956, 120, 45)) == 44791
     assert clips.clip_ends(0, 5367, 120, 10)[[0, -1]].tolist() == [119, 5355]
     assert clips.frames_needed(120, 45) == 166
+
+
+def test_split_ranges() -> None:
+    assert split_ranges(53916) == {"train": (0, 44956), "validation": (44956, 48549), "test": (48549, 53916)}
+    assert split_ranges(100, (8, 1, 1)) == {"train": (0, 80), "validation": (80, 90), "test": (90, 100)}
+    assert split_ranges(10, (0, 0, 1)) == {"test": (0, 10)}
+    for bad in [(1, 2), (0, 0, 0), (1, -1, 1), (float("nan"), 1, 1)]:
+        with pytest.raises(UserError, match="three shares"):
+            split_ranges(100, bad)
 
 
 @pytest.mark.parametrize(("source", "target"), [(240, 120), (320, 160), (938, 120), (7, 5), (5, 7), (3, 1), (9, 9)])

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from convlstm_fish.data.labels import burst_labels, chase_labels
-from convlstm_fish.data.recording import Recording, RecordingWriter
+from convlstm_fish.data.recording import Recording
+from convlstm_fish.data.recording_writer import RecordingWriter
 from convlstm_fish.errors import UserError
 from convlstm_fish.evaluate import MotionLSTMConfig, evaluate_recording
 

@@ -10,9 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convlstm_fish.errors import UserError
 from convlstm_fish.evaluate import Evaluation, evaluate, write_report
-from convlstm_fish.evaluate.report import write_text
 
 
 class Outline(HTMLParser):
@@ -134,16 +132,3 @@ def test_threshold_figure_counts_as_the_definition(published_result: Evaluation)
         assert traces["accuracy", 1].y[i] == pytest.approx((called == truth).mean())
         assert traces["true positive rate", 1].y[i] == pytest.approx(called[truth].mean())
         assert traces["false positive rate", 1].y[i] == pytest.approx(called[~truth].mean())
-
-
-def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "metrics.json"
-    write_text(path, "old")
-    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(UserError, match=r"metrics\.json: cannot be written: No space left on device"):
-        write_text(path, "new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-    blocked = tmp_path / "metrics.json" / "below"
-    with pytest.raises(UserError, match="cannot be written"):
-        write_text(blocked, "x")

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlstm_fish.data.modules.base import require, to_unit
+from convlstm_fish.data.modules.base import to_unit
 from convlstm_fish.data.order import augmentation_generator
+from convlstm_fish.errors import require
 
 FLIPS = ("all", "random", "none")
 COLUMNS = ("flip_rows", "flip_columns", "shift_rows", "shift_columns", "brightness", "contrast")

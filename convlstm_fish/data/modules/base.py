@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate
 
 from convlstm_fish.data.order import EvaluationOrder, RunOrder
-from convlstm_fish.errors import UserError
+from convlstm_fish.errors import UserError, require
 
 Batch = dict[str, Any]
 
@@ -66,7 +67,7 @@ class _TrainLoader(DataLoader[Batch]):
         """Nothing to restore: the order asks the DataModule where the run stands."""
 
 
-class ResumableDataModule(pl.LightningDataModule):
+class ResumableDataModule(pl.LightningDataModule, ABC):
     """Base of the DataModules: a subclass provides :meth:`samples`.
 
     The order of training is a function of (seed, position), and the position is part of this DataModule's state in a
@@ -98,9 +99,9 @@ class ResumableDataModule(pl.LightningDataModule):
 
     # -- for subclasses ------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def samples(self, split: str) -> Samples:
         """The samples of "train", "validation", "test" or "predict"."""
-        raise NotImplementedError(f"{type(self).__name__} has no samples for {split}")
 
     def classes(self) -> npt.NDArray[np.int64] | None:
         """Class of every training sample where the order has to be balanced, or None."""
@@ -253,9 +254,3 @@ class ResumableDataModule(pl.LightningDataModule):
 def to_unit(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 pixels divided by 255, in ``dtype``."""
     return pixels.to(dtype).div_(255)
-
-
-def require(option: str, value: object, good: bool, expected: str) -> None:
-    """Raise the one-line error for an option's value unless it is ``good``."""
-    if not good:
-        raise UserError(f"{option}: {value!r} is not {expected}")

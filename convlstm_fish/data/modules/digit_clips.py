@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from convlstm_fish.data.modules.base import Batch, require
+from convlstm_fish.data.modules.base import Batch
 from convlstm_fish.data.modules.digit_stream import DigitStream
 from convlstm_fish.data.moving_mnist import render, standard_motion, uniform_draws
-from convlstm_fish.errors import UserError
+from convlstm_fish.errors import UserError, require
 
 _LENGTH_STREAM = 0x1E46  # lengths are drawn from a stream of their own
 

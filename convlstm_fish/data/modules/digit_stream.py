@@ -12,7 +12,8 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from convlstm_fish.data.digits import DigitSet, drawn_digits, idx_digits
-from convlstm_fish.data.modules.base import Batch, ResumableDataModule, Samples, require
+from convlstm_fish.data.modules.base import Batch, ResumableDataModule, Samples
+from convlstm_fish.errors import require
 
 DEFAULT_PATH = Path("data/mnist")
 FULL_SIZES = {"train": 10_000, "validation": 1_000, "test": 10_000}

@@ -15,11 +15,11 @@ from pytorch_lightning.utilities import rank_zero_warn
 from convlstm_fish.data import clips
 from convlstm_fish.data import labels as rules
 from convlstm_fish.data.modules.augment import Augmentation
-from convlstm_fish.data.modules.base import Batch, ResumableDataModule, require
+from convlstm_fish.data.modules.base import Batch, ResumableDataModule
 from convlstm_fish.data.modules.resident import ResidentFrames
 from convlstm_fish.data.recording import Recording
 from convlstm_fish.data.simulate import simulate as simulated_tank
-from convlstm_fish.errors import UserError
+from convlstm_fish.errors import UserError, require
 
 INPUT_FORMS = ("time_channels", "single_channel")
 PIXELS_ON = ("auto", "device", "host")

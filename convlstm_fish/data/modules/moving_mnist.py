@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlstm_fish.data.modules.base import Batch, ResumableDataModule, Samples, require
+from convlstm_fish.data.modules.base import Batch, ResumableDataModule, Samples
 from convlstm_fish.data.modules.digit_stream import DEFAULT_PATH, DigitStream
 from convlstm_fish.data.moving_mnist import moving_digits
-from convlstm_fish.errors import UserError
+from convlstm_fish.errors import UserError, require
 
 STANDARD_FILE = "mnist_test_seq.npy"
 

@@ -12,9 +12,9 @@ import torch
 
 from convlstm_fish.data import clips, store
 from convlstm_fish.data.modules.augment import Augmentation
-from convlstm_fish.data.modules.base import Batch, ResumableDataModule, Samples, require
+from convlstm_fish.data.modules.base import Batch, ResumableDataModule, Samples
 from convlstm_fish.data.recording import Recording
-from convlstm_fish.errors import UserError
+from convlstm_fish.errors import UserError, require
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 

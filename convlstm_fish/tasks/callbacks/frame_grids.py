@@ -9,7 +9,7 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
-from convlstm_fish.errors import UserError
+from convlstm_fish.errors import require
 from convlstm_fish.tasks.callbacks.video_summary import add_video
 
 GAP = 2  # dark pixels between the frames of a grid
@@ -49,8 +49,7 @@ class FrameGrids(pl.Callback):
 
     def __init__(self, every_n_steps: int = 250, sequences: int = 1, fps: float = 4.0) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("sequences", sequences), ("fps", fps)):
-            if value <= 0:
-                raise UserError(f"{name}: {value!r} is not above 0")
+            require(name, value, value > 0, "above 0")
         self.every_n_steps, self.sequences, self.fps = every_n_steps, sequences, fps
         self._last = -1
 

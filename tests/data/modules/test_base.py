@@ -291,6 +291,14 @@ def test_seeds_stay_plain_numbers() -> None:
         ({"seed": -1}, "seed: -1 is not 0 or more"),
     ],
 )
-def test_wrong_options(options: dict[str, int], message: str) -> None:
+def test_wrong_options(tank: Recording, options: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        ResumableDataModule(**{"batch_size": 1, **options})
+        clips(tank, **options)
+
+
+def test_a_module_without_samples_is_told_when_it_is_made() -> None:
+    class Forgetful(ResumableDataModule):
+        pass
+
+    with pytest.raises(TypeError, match=r"abstract method '?samples"):
+        Forgetful(1)  # type: ignore[abstract]

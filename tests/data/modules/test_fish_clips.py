@@ -14,7 +14,8 @@ from PIL import Image
 
 from convlstm_fish.data import labels
 from convlstm_fish.data.modules import FishClips
-from convlstm_fish.data.recording import Recording, RecordingWriter
+from convlstm_fish.data.recording import Recording
+from convlstm_fish.data.recording_writer import RecordingWriter
 from convlstm_fish.errors import UserError
 
 

@@ -13,7 +13,7 @@ import torch
 
 from convlstm_fish.data.clips import nearest
 from convlstm_fish.data.modules.recording_frames import RecordingFrames, open_recordings
-from convlstm_fish.data.recording import RecordingWriter
+from convlstm_fish.data.recording_writer import RecordingWriter
 from convlstm_fish.errors import UserError
 from convlstm_fish.tasks import FramePrediction
 
