@@ -137,8 +137,8 @@ class FishCLI(LightningCLI):
         parser.add_argument(
             "--cuda_graphs",
             type=bool,
-            default=True,
-            help="fit: on a GPU, replay forward and backward as CUDA graphs; takes more memory, and less time",
+            default=False,
+            help="fit: on a GPU, replay forward and backward as CUDA graphs, which small batches gain by",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

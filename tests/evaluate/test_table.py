@@ -53,14 +53,14 @@ def test_names_are_not_markup_and_narrow_terminals_hold_the_figures() -> None:
 def test_a_reason_stands_below_the_table_and_leaves_rows_low(width: int) -> None:
     rng = np.random.default_rng(0)
     labels = np.tile(np.arange(300) % 30 < 5, 2)
-    result = evaluate(np.arange(20, 500), labels, {"net": rng.random(480)}, rng.random(600), fps=10, resamples=20)
+    result = evaluate(np.arange(1, 500), labels, {"net": rng.random(499)}, rng.random(600), fps=10, resamples=20)
     table, _, below = printed(result, width).partition("┘\n")
     assert "needs" not in table
     rows = table.split("┩\n")[1].splitlines()
     at = next(k for k, row in enumerate(rows) if row.startswith("│ two-layer LSTM"))
     assert [cell.strip() for cell in rows[at].split("│")[2:-1]] == ["–"] * 4
     assert len(rows[at:]) <= 4  # the lines of the name, at the most three, and the one under the table
-    assert below.startswith("published algorithmic baseline: needs 30 frames of motion before the first")
+    assert below.startswith("published algorithmic baseline: needs 2 values of motion before the first")
     assert "\ntwo-layer LSTM on the motion series: not run: needs the training motion and" in below
 
 

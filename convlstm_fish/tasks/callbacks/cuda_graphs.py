@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -104,13 +105,16 @@ class GraphedForward:
         before = [buffer.detach().clone() for buffer in self.network.buffers()]
         random = torch.cuda.get_rng_state(device)
         try:
-            graphed: Any = torch.cuda.make_graphed_callables(run, (*(t.clone() for t in tensors.values()), *leaves))
+            with warnings.catch_warnings():
+                # The leaves' places in the autograd graph belong to the stream of the warm-up, which ends before.
+                warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
+                graphed: Any = torch.cuda.make_graphed_callables(run, (*(t.clone() for t in tensors.values()), *leaves))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             reason = str(error.__context__ or error).splitlines()[0]
             raise UserError(
-                f"the network cannot be captured as a CUDA graph; train with --cuda_graphs=false ({reason})"
+                f"the network cannot be captured as a CUDA graph; train without --cuda_graphs ({reason})"
             ) from error
         with torch.no_grad():
             for buffer, value in zip(self.network.buffers(), before):
