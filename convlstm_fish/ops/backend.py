@@ -1,4 +1,4 @@
-"""Which implementation runs a call: the plain PyTorch one or the Triton kernel."""
+"""Which implementation runs a call: the plain PyTorch one, the one for CPUs, or the Triton kernel."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convlstm_fish.ops.channels_last import conv_lstm_channels_last, covers
 from convlstm_fish.ops.equations import Norm, Peephole, State
 from convlstm_fish.ops.geometry import Padding
 from convlstm_fish.ops.reference import conv_lstm_reference, exporting
@@ -81,7 +82,8 @@ def conv_lstm(
         return_sequences: False keeps no sequence and returns None in its place.
         checkpoint_every: keep only the state of every so many steps for the backward pass and compute the rest again.
             Under the transforms of torch.func everything is kept.
-        backend: "reference", "triton", or "auto", which may choose; a named backend that cannot run raises.
+        backend: "reference", "triton", or "auto", which may choose, on a CPU too; a named backend that cannot run
+            raises.
         detach_every: truncated back-propagation: no gradient passes from step k * detach_every to the step before it
             (after it in reverse).
         norm: gains and groups of the layer or group norm inside the cell, or None.
@@ -111,6 +113,8 @@ def conv_lstm(
         "detach_every": detach_every,
         "norm": norm,
     }
+    if backend == "auto" and not torch.compiler.is_compiling() and covers(*args, **kwargs):
+        return conv_lstm_channels_last(*args, **kwargs)
     # An exported graph is to run anywhere, without the kernels.
     plain = input.device.type != "cuda" or exporting()
     if backend == "reference" or (backend == "auto" and plain):

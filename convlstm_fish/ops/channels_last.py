@@ -1,0 +1,302 @@
+"""The ConvLSTM on a CPU, channels last: one convolution of x and h side by side a step, and a gradient by hand.
+
+oneDNN convolves channels-last images several times as fast as others where channels are few, and a step's numbers stay
+in the cache between its operations. The gates are kept for the backward pass, whose equations are those of
+``reference_backward.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from convlstm_fish.ops.checks import check_arguments
+from convlstm_fish.ops.equations import Norm, Peephole, State, recurrent_pads
+from convlstm_fish.ops.geometry import Geometry, Padding, compute_dtype, per_dim, state_dtype
+from convlstm_fish.ops.reference import conv_lstm_reference
+from convlstm_fish.ops.reference_backward import DERIVATIVES
+
+_ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid_,
+    "hard_sigmoid": lambda z: z.mul_(0.2).add_(0.5).clamp_(0.0, 1.0),
+    "hard_sigmoid_v3": lambda z: z.add_(3.0).clamp_(0.0, 6.0).div_(6.0),
+}
+
+
+def covers(
+    input: Tensor,
+    hx: State | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None = None,
+    peephole: Peephole | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    recurrent_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    checkpoint_every: int | None = None,
+    detach_every: int | None = None,
+    norm: Norm | None = None,
+    **_: Any,
+) -> bool:
+    """Whether :func:`conv_lstm_channels_last` computes this call, and faster than the reference."""
+    nothing = (peephole, lengths, checkpoint_every, detach_every, norm)
+    return (
+        input.device.type == "cpu"
+        and input.dim() == 5
+        and weight_ih.shape[2:] == weight_hh.shape[2:]
+        and compute_dtype(input) in (torch.float32, torch.float64, torch.bfloat16)
+        and all(option is None for option in nothing)
+        and all(per_dim(name, value, 2, 1) == (1, 1) for name, value in (("stride", stride), ("dilation", dilation)))
+        and (recurrent_mask is None or not recurrent_mask.requires_grad)
+        and torch._C._functorch.maybe_current_level() is None
+    )
+
+
+class _Recipe(NamedTuple):
+    """What a call does, apart from its tensors."""
+
+    where: Geometry
+    padding: Padding
+    activation: str
+    reverse: bool
+    return_sequences: bool
+
+    def order(self, steps: int) -> range:
+        return range(steps - 1, -1, -1) if self.reverse else range(steps)
+
+
+class _Kept(NamedTuple):
+    """What the backward pass needs: (T, N, ...) channels last."""
+
+    patches: Tensor  # x and h of the step before, padded, side by side
+    gates: Tensor  # (T, 4, N, H', W', C_h)
+    cells: Tensor  # c of the step
+    squashed: Tensor  # tanh of it
+    weight: Tensor
+
+
+def _image(rows: Tensor) -> Tensor:
+    """(N, H, W, C) as (N, C, H, W)."""
+    return rows.permute(0, 3, 1, 2)
+
+
+def _rows(image: Tensor) -> Tensor:
+    """(N, C, H, W) as (N, H, W, C)."""
+    return image.permute(0, 2, 3, 1)
+
+
+def _inside(size: Sequence[int], pads: Sequence[tuple[int, int]]) -> tuple[slice, ...]:
+    """Where an unpadded image lies in a padded one (N, H, W, C)."""
+    return (slice(None), *(slice(before, before + n) for n, (before, _) in zip(size, pads)))
+
+
+def _forward(
+    x: Tensor, h_0: Tensor, c_0: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None,
+    mask: Tensor | None, recipe: _Recipe, keep: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, _Kept | None]:  # fmt: skip
+    """Runs the steps; x (N, T, C, H, W) and states in their compute dtypes."""
+    clips, steps, channels, *size = x.shape
+    hidden, out = weight_hh.shape[1], recipe.where.out
+    wide, dtype = c_0.dtype, x.dtype
+    padded = [n + k - 1 for n, k in zip(out, weight_hh.shape[2:])]
+    x_place = _inside(size, recipe.where.pads)
+    h_place = _inside(out, recurrent_pads(weight_hh))
+    weight = torch.cat([weight_ih, weight_hh], dim=1).contiguous(memory_format=torch.channels_last)
+    kept_steps = steps if keep else 1
+    patches = x.new_zeros(kept_steps, clips, *padded, channels + hidden)
+    gates = c_0.new_empty(kept_steps, 4, clips, *out, hidden)
+    cells = c_0.new_empty(kept_steps, clips, *out, hidden)
+    squashed = torch.empty_like(cells)
+    output = x.new_empty(clips, steps, *out, hidden) if recipe.return_sequences else None
+    product = c_0.new_empty(clips, *out, hidden)
+    h, c = _rows(h_0), _rows(c_0).clone()
+    mask = None if mask is None else _rows(mask)
+    for t in recipe.order(steps):
+        slot = t if keep else 0
+        patch = patches[slot]
+        patch[x_place][..., :channels].copy_(_rows(x[:, t]))
+        patch[h_place][..., channels:].copy_(h if mask is None else h * mask)
+        z = _rows(F.conv2d(_image(patch), weight, bias))
+        i, f, g, o = gates[slot].unbind(0)
+        for gate, part in zip((i, f, g, o), z.unflatten(3, (4, hidden)).unbind(3)):
+            gate.copy_(part)
+        for gate in (gates[slot, :2], o):
+            _ACTIVATE[recipe.activation](gate)
+        g.tanh_()
+        c = torch.mul(f, c, out=cells[slot]) if keep else c.mul_(f)
+        c.addcmul_(i, g)
+        torch.tanh(c, out=squashed[slot])
+        torch.mul(o, squashed[slot], out=product)
+        h = product if dtype == wide else product.to(dtype)
+        if output is not None:
+            output[:, t] = h
+    kept = _Kept(patches, gates, cells, squashed, weight) if keep else None
+    return output, h.clone(), c.clone(), kept
+
+
+class _ChannelsLast(torch.autograd.Function):
+    """The sequence with its gradient; a second derivative goes through the reference."""
+
+    @staticmethod
+    def forward(ctx: Any, recipe: _Recipe, *tensors: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
+        x, h_0, c_0, weight_ih, weight_hh, bias, mask = tensors
+        output, h, c, kept = _forward(x, h_0, c_0, weight_ih, weight_hh, bias, mask, recipe, True)  # type: ignore[arg-type]
+        ctx.save_for_backward(*tensors)
+        ctx.recipe, ctx.kept = recipe, kept
+        ctx.set_materialize_grads(False)
+        return None if output is None else output.permute(0, 1, 4, 2, 3), _image(h), _image(c)
+
+    @staticmethod
+    def backward(ctx: Any, d_output: Tensor | None, d_h: Tensor | None, d_c: Tensor | None) -> tuple[Any, ...]:
+        grads = (d_output, d_h, d_c)
+        if torch.is_grad_enabled():
+            return None, *_differentiable(ctx.saved_tensors, ctx.needs_input_grad[1:], grads, ctx.recipe)
+        return None, *_gradients(ctx.saved_tensors, ctx.needs_input_grad[1:], grads, ctx.recipe, ctx.kept)
+
+
+def _differentiable(
+    tensors: Sequence[Tensor | None], needed: Sequence[bool], grads: Sequence[Tensor | None], recipe: _Recipe
+) -> list[Tensor | None]:
+    """The gradients as functions that can be differentiated again."""
+    x, h_0, c_0, weight_ih, weight_hh, bias, mask = tensors
+    output, state = conv_lstm_reference(
+        x, (h_0, c_0), weight_ih, weight_hh, bias, padding=recipe.padding,  # type: ignore[arg-type]
+        recurrent_activation=recipe.activation, recurrent_mask=mask, reverse=recipe.reverse,
+        return_sequences=recipe.return_sequences,
+    )  # fmt: skip
+    given = [(y, dy) for y, dy in zip((output, *state), grads) if y is not None and dy is not None]
+    wanted = [t for t, need in zip(tensors, needed) if t is not None and need]
+    found = iter(
+        torch.autograd.grad(
+            [y for y, _ in given], wanted, [dy for _, dy in given], create_graph=True, allow_unused=True
+        )
+    )
+    return [next(found) if need else None for need in needed]
+
+
+def _gradients(
+    tensors: Sequence[Tensor | None], needed: Sequence[bool], grads: Sequence[Tensor | None], recipe: _Recipe,
+    kept: _Kept,
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of x, h_0, c_0, the weights and the bias, and None for the mask."""
+    x, h_0, c_0, weight_ih, weight_hh, bias, mask = tensors
+    if x is None or h_0 is None or c_0 is None or weight_ih is None or weight_hh is None:
+        raise RuntimeError("saved tensors are gone")
+    channels, size = x.shape[2], x.shape[3:]
+    hidden, out, dtype, wide = weight_hh.shape[1], recipe.where.out, x.dtype, c_0.dtype
+    x_place = _inside(size, recipe.where.pads)
+    h_place = _inside(out, recurrent_pads(weight_hh))
+    d_output, d_h, d_c = grads
+    cells_0 = _rows(c_0)
+    dh = torch.zeros_like(cells_0) if d_h is None else _rows(d_h).to(wide)
+    dc = torch.zeros_like(cells_0) if d_c is None else _rows(d_c).clone()
+    dx = torch.empty(x.shape[0], x.shape[1], *size, channels, dtype=dtype) if needed[0] else None
+    d_weight = torch.zeros(kept.weight.shape, dtype=wide)
+    d_bias = None if bias is None else torch.zeros(bias.shape, dtype=wide)
+    dz = torch.empty(x.shape[0], *out, 4 * hidden, dtype=dtype)
+    parts = dz.unflatten(3, (4, hidden)).unbind(3)
+    # Where x needs no gradient only h's part of the input is computed; its values do not matter, its shape does.
+    weight, h_channels = kept.weight, slice(channels, None)
+    if dx is None:
+        weight, h_channels = weight_hh.contiguous(memory_format=torch.channels_last), slice(None)
+    blank = torch.empty(*kept.patches.shape[1:4], weight.shape[1], dtype=dtype)
+    mask = None if mask is None else _rows(mask)
+    steps = recipe.order(x.shape[1])
+    for k in range(len(steps) - 1, -1, -1):
+        t = steps[k]
+        i, f, g, o = kept.gates[t].unbind(0)
+        c_before = kept.cells[steps[k - 1]] if k else cells_0
+        if d_output is not None:
+            dh = dh + _rows(d_output[:, t])
+        dc.add_(torch.ops.aten.tanh_backward(dh * o, kept.squashed[t]))
+        parts[0].copy_(_slope(dc * g, i, recipe.activation))
+        parts[1].copy_(_slope(dc * c_before, f, recipe.activation))
+        parts[2].copy_(torch.ops.aten.tanh_backward(dc * i, g))
+        parts[3].copy_(_slope(dh * kept.squashed[t], o, recipe.activation))
+        dc.mul_(f)
+        if d_bias is not None:
+            d_bias += dz.sum(dim=(0, 1, 2), dtype=wide)
+        d_weight += _convolution_gradient(dz, kept.patches[t], kept.weight, [False, True, False])[1]
+        if k or needed[1] or dx is not None:
+            d_patch = _rows(_convolution_gradient(dz, blank, weight, [True, False, False])[0])
+            dh = d_patch[h_place][..., h_channels].to(wide)
+            if mask is not None:
+                dh = dh * mask
+            if dx is not None:
+                dx[:, t] = d_patch[x_place][..., :channels]
+    return [
+        None if dx is None else dx.permute(0, 1, 4, 2, 3),
+        _image(dh).to(h_0.dtype) if needed[1] else None,
+        _image(dc) if needed[2] else None,
+        d_weight[:, :channels].to(weight_ih.dtype) if needed[3] else None,
+        d_weight[:, channels:].to(weight_hh.dtype) if needed[4] else None,
+        None if bias is None or d_bias is None else d_bias.to(bias.dtype),
+        None,
+    ]
+
+
+def _slope(gradient: Tensor, value: Tensor, activation: str) -> Tensor:
+    """The gradient before the activation that gave ``value``."""
+    if activation == "sigmoid":
+        return torch.ops.aten.sigmoid_backward(gradient, value)
+    return gradient.mul_(DERIVATIVES[activation](value))
+
+
+def _convolution_gradient(dz: Tensor, patch: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
+    """Gradients of the convolution of a padded (N, H, W, C) image: of its input, and of the weight."""
+    found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+        _image(dz), _image(patch), weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, wanted
+    )
+    return found
+
+
+def conv_lstm_channels_last(
+    input: Tensor,
+    hx: State | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None = None,
+    peephole: Peephole | None = None,
+    *,
+    padding: Padding = "same",
+    recurrent_activation: str = "sigmoid",
+    recurrent_mask: Tensor | None = None,
+    reverse: bool = False,
+    return_sequences: bool = True,
+    **rest: Any,
+) -> tuple[Tensor | None, State]:
+    """:func:`convlstm_fish.ops.conv_lstm` for the calls that :func:`covers` names; see there for the arguments.
+
+    ``output`` and the states are laid out channels last.
+
+    Raises:
+        ValueError: an argument that does not fit, named with its value.
+    """
+    where = check_arguments(
+        input, hx, weight_ih, weight_hh, bias, peephole, padding=padding, recurrent_activation=recurrent_activation,
+        recurrent_mask=recurrent_mask, **rest,
+    )  # fmt: skip
+    dtype = compute_dtype(input)
+    wide = state_dtype(dtype)
+    if hx is None:
+        h_0 = input.new_zeros(input.shape[0], weight_hh.shape[1], *where.out, dtype=dtype)
+        c_0 = h_0.to(wide)
+    else:
+        h_0, c_0 = hx[0].to(dtype), hx[1].to(wide)
+    recipe = _Recipe(where, padding, recurrent_activation, reverse, return_sequences)
+    tensors = (
+        input.to(dtype), h_0, c_0, weight_ih.to(dtype), weight_hh.to(dtype), None if bias is None else bias.to(dtype),
+        None if recurrent_mask is None else recurrent_mask.to(dtype),
+    )  # fmt: skip
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        output, h, c = _ChannelsLast.apply(recipe, *tensors)
+        return output, (h, c)
+    with torch.no_grad():
+        rows, h, c, _ = _forward(*tensors, recipe, False)
+    return (None if rows is None else rows.permute(0, 1, 4, 2, 3)), (_image(h), _image(c))
