@@ -7,9 +7,12 @@ in the cache between its operations. The gates are kept for the backward pass, w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +22,8 @@ from convlstm_fish.ops.equations import Norm, Peephole, State, recurrent_pads
 from convlstm_fish.ops.geometry import Geometry, Padding, compute_dtype, per_dim, state_dtype
 from convlstm_fish.ops.reference import conv_lstm_reference
 from convlstm_fish.ops.reference_backward import DERIVATIVES
+
+_ALIGNMENT = 64  # bytes, of a cache line and of the widest vector instructions
 
 _ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid_,
@@ -81,6 +86,19 @@ class _Kept(NamedTuple):
     weight: Tensor
 
 
+def _empty(*shape: int, dtype: torch.dtype, zero: bool = False) -> Tensor:
+    """A new tensor; a large one on huge pages, which NumPy asks the system for and torch does not.
+
+    Memory that is touched for the first time costs several times what writing it does, less so on huge pages.
+    """
+    if torch.are_deterministic_algorithms_enabled():  # torch may be asked to fill what it makes
+        return torch.zeros(shape, dtype=dtype) if zero else torch.empty(shape, dtype=dtype)
+    count = math.prod(shape) * dtype.itemsize
+    raw = torch.from_numpy((np.zeros if zero else np.empty)(count + _ALIGNMENT, np.uint8))
+    start = -raw.data_ptr() % _ALIGNMENT
+    return raw[start : start + count].view(dtype).view(shape)
+
+
 def _image(rows: Tensor) -> Tensor:
     """(N, H, W, C) as (N, C, H, W)."""
     return rows.permute(0, 3, 1, 2)
@@ -109,13 +127,13 @@ def _forward(
     h_place = _inside(out, recurrent_pads(weight_hh))
     weight = torch.cat([weight_ih, weight_hh], dim=1).contiguous(memory_format=torch.channels_last)
     kept_steps = steps if keep else 1
-    patches = x.new_zeros(kept_steps, clips, *padded, channels + hidden)
-    gates = c_0.new_empty(kept_steps, 4, clips, *out, hidden)
-    cells = c_0.new_empty(kept_steps, clips, *out, hidden)
-    squashed = torch.empty_like(cells)
-    output = x.new_empty(clips, steps, *out, hidden) if recipe.return_sequences else None
-    product = c_0.new_empty(clips, *out, hidden)
-    h, c = _rows(h_0), _rows(c_0).clone()
+    patches = _empty(kept_steps, clips, *padded, channels + hidden, dtype=dtype, zero=True)
+    gates = _empty(kept_steps, 4, clips, *out, hidden, dtype=wide)
+    cells = _empty(kept_steps, clips, *out, hidden, dtype=wide)
+    squashed = _empty(kept_steps, clips, *out, hidden, dtype=wide)
+    output = _empty(clips, steps, *out, hidden, dtype=dtype) if recipe.return_sequences else None
+    product = _empty(clips, *out, hidden, dtype=wide)
+    h, c = _rows(h_0), _rows(c_0).clone(memory_format=torch.contiguous_format)
     mask = None if mask is None else _rows(mask)
     for t in recipe.order(steps):
         slot = t if keep else 0
@@ -194,40 +212,45 @@ def _gradients(
     h_place = _inside(out, recurrent_pads(weight_hh))
     d_output, d_h, d_c = grads
     cells_0 = _rows(c_0)
-    dh = torch.zeros_like(cells_0) if d_h is None else _rows(d_h).to(wide)
-    dc = torch.zeros_like(cells_0) if d_c is None else _rows(d_c).clone()
-    dx = torch.empty(x.shape[0], x.shape[1], *size, channels, dtype=dtype) if needed[0] else None
+    state = (x.shape[0], *out, hidden)
+    dh, dc, new = (torch.zeros(state, dtype=wide) for _ in range(3))
+    for total, given in ((dh, d_h), (dc, d_c)):
+        if given is not None:
+            total.copy_(_rows(given))
+    dx = _empty(*x.shape[:2], *size, channels, dtype=dtype) if needed[0] else None
     d_weight = torch.zeros(kept.weight.shape, dtype=wide)
     d_bias = None if bias is None else torch.zeros(bias.shape, dtype=wide)
-    dz = torch.empty(x.shape[0], *out, 4 * hidden, dtype=dtype)
-    parts = dz.unflatten(3, (4, hidden)).unbind(3)
+    dz = _empty(*state[:3], 4 * hidden, dtype=dtype)
+    dz_i, dz_f, dz_g, dz_o = dz.unflatten(3, (4, hidden)).unbind(3)
     # Where x needs no gradient only h's part of the input is computed; its values do not matter, its shape does.
     weight, h_channels = kept.weight, slice(channels, None)
     if dx is None:
         weight, h_channels = weight_hh.contiguous(memory_format=torch.channels_last), slice(None)
     blank = torch.empty(*kept.patches.shape[1:4], weight.shape[1], dtype=dtype)
     mask = None if mask is None else _rows(mask)
+    slope = partial(_slope, activation=recipe.activation)
     steps = recipe.order(x.shape[1])
     for k in range(len(steps) - 1, -1, -1):
         t = steps[k]
         i, f, g, o = kept.gates[t].unbind(0)
+        a = kept.squashed[t]
         c_before = kept.cells[steps[k - 1]] if k else cells_0
         if d_output is not None:
-            dh = dh + _rows(d_output[:, t])
-        dc.add_(torch.ops.aten.tanh_backward(dh * o, kept.squashed[t]))
-        parts[0].copy_(_slope(dc * g, i, recipe.activation))
-        parts[1].copy_(_slope(dc * c_before, f, recipe.activation))
-        parts[2].copy_(torch.ops.aten.tanh_backward(dc * i, g))
-        parts[3].copy_(_slope(dh * kept.squashed[t], o, recipe.activation))
+            dh.add_(_rows(d_output[:, t]))
+        dc.add_(_tanh_slope(torch.mul(dh, o, out=new), a))
+        dz_o.copy_(slope(torch.mul(dh, a, out=new), o))
+        dz_i.copy_(slope(torch.mul(dc, g, out=new), i))
+        dz_f.copy_(slope(torch.mul(dc, c_before, out=new), f))
+        dz_g.copy_(_tanh_slope(torch.mul(dc, i, out=new), g))
         dc.mul_(f)
         if d_bias is not None:
             d_bias += dz.sum(dim=(0, 1, 2), dtype=wide)
         d_weight += _convolution_gradient(dz, kept.patches[t], kept.weight, [False, True, False])[1]
         if k or needed[1] or dx is not None:
             d_patch = _rows(_convolution_gradient(dz, blank, weight, [True, False, False])[0])
-            dh = d_patch[h_place][..., h_channels].to(wide)
+            dh.copy_(d_patch[h_place][..., h_channels])
             if mask is not None:
-                dh = dh * mask
+                dh.mul_(mask)
             if dx is not None:
                 dx[:, t] = d_patch[x_place][..., :channels]
     return [
@@ -242,10 +265,17 @@ def _gradients(
 
 
 def _slope(gradient: Tensor, value: Tensor, activation: str) -> Tensor:
-    """The gradient before the activation that gave ``value``."""
+    """The gradient before the activation that gave ``value``, in place."""
     if activation == "sigmoid":
-        return torch.ops.aten.sigmoid_backward(gradient, value)
+        torch.ops.aten.sigmoid_backward.grad_input(gradient, value, grad_input=gradient)
+        return gradient
     return gradient.mul_(DERIVATIVES[activation](value))
+
+
+def _tanh_slope(gradient: Tensor, value: Tensor) -> Tensor:
+    """The gradient before the tanh that gave ``value``, in place."""
+    torch.ops.aten.tanh_backward.grad_input(gradient, value, grad_input=gradient)
+    return gradient
 
 
 def _convolution_gradient(dz: Tensor, patch: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
