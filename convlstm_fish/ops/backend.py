@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convlstm_fish.ops.channels_last import conv_lstm_channels_last, covers
+from convlstm_fish.ops.channels_last import conv_lstm_channels_last, covers, pays
 from convlstm_fish.ops.equations import Norm, Peephole, State
 from convlstm_fish.ops.geometry import Padding
 from convlstm_fish.ops.reference import conv_lstm_reference, exporting
@@ -113,7 +113,8 @@ def conv_lstm(
         "detach_every": detach_every,
         "norm": norm,
     }
-    if backend == "auto" and not torch.compiler.is_compiling() and covers(*args, **kwargs):
+    eager = backend == "auto" and not torch.compiler.is_compiling()
+    if eager and covers(*args, **kwargs) and pays(input, weight_ih, weight_hh):
         return conv_lstm_channels_last(*args, **kwargs)
     # An exported graph is to run anywhere, without the kernels.
     plain = input.device.type != "cuda" or exporting()

@@ -25,6 +25,8 @@ from convlstm_fish.ops.reference_backward import DERIVATIVES
 
 _ALIGNMENT = 64  # bytes, of a cache line and of the widest vector instructions
 
+_FEWEST_GATES = 1 << 17  # of a step, measured on two cores
+
 _ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid_,
     "hard_sigmoid": lambda z: z.mul_(0.2).add_(0.5).clamp_(0.0, 1.0),
@@ -49,7 +51,7 @@ def covers(
     norm: Norm | None = None,
     **_: Any,
 ) -> bool:
-    """Whether :func:`conv_lstm_channels_last` computes this call, and faster than the reference."""
+    """Whether :func:`conv_lstm_channels_last` computes this call."""
     nothing = (peephole, lengths, checkpoint_every, detach_every, norm)
     return (
         input.device.type == "cpu"
@@ -61,6 +63,12 @@ def covers(
         and (recurrent_mask is None or not recurrent_mask.requires_grad)
         and torch._C._functorch.maybe_current_level() is None
     )
+
+
+def pays(input: Tensor, weight_ih: Tensor, weight_hh: Tensor) -> bool:
+    """Whether it is faster than the reference: not on few pixels, nor where the weights outweigh them."""
+    pixels = input.shape[0] * input.shape[-2] * input.shape[-1]
+    return pixels * weight_hh.shape[0] > _FEWEST_GATES and 32 * pixels >= weight_ih.numel() + weight_hh.numel()
 
 
 class _Recipe(NamedTuple):
@@ -294,9 +302,12 @@ def conv_lstm_channels_last(
     bias: Tensor | None = None,
     peephole: Peephole | None = None,
     *,
+    stride: int | Sequence[int] = 1,
     padding: Padding = "same",
+    dilation: int | Sequence[int] = 1,
     recurrent_activation: str = "sigmoid",
     recurrent_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     reverse: bool = False,
     return_sequences: bool = True,
     **rest: Any,
@@ -309,8 +320,8 @@ def conv_lstm_channels_last(
         ValueError: an argument that does not fit, named with its value.
     """
     where = check_arguments(
-        input, hx, weight_ih, weight_hh, bias, peephole, padding=padding, recurrent_activation=recurrent_activation,
-        recurrent_mask=recurrent_mask, **rest,
+        input, hx, weight_ih, weight_hh, bias, peephole, stride=stride, padding=padding, dilation=dilation,
+        recurrent_activation=recurrent_activation, recurrent_mask=recurrent_mask, lengths=lengths, **rest,
     )  # fmt: skip
     dtype = compute_dtype(input)
     wide = state_dtype(dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from convlstm_fish.ops import conv_lstm, conv_lstm_reference
-from convlstm_fish.ops.channels_last import covers
+from convlstm_fish.ops.channels_last import conv_lstm_channels_last, covers
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -84,19 +84,19 @@ def test_values_and_gradients_of_the_reference(name: str, frozen: tuple[str, ...
     mask = None if mask is None else mask.double()
     args = (leaves["x"], None, leaves["weight_ih"], leaves["weight_hh"])
     assert covers(*args, recurrent_mask=mask, **options)
-    ours, truth = (call(function, leaves, mask, options) for function in (conv_lstm, conv_lstm_reference))
+    ours, truth = (call(function, leaves, mask, options) for function in (conv_lstm_channels_last, conv_lstm_reference))
     assert type(ours["h_n"].grad_fn).__name__ == "_ChannelsLastBackward"
     torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(gradients(ours, leaves), gradients(truth, leaves), rtol=1e-11, atol=1e-12)
     with torch.no_grad():
-        torch.testing.assert_close(call(conv_lstm, leaves, mask, options), truth, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(call(conv_lstm_channels_last, leaves, mask, options), truth, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("only", ["output", "h_n", "c_n"])
 def test_one_result_alone_may_be_used(only: str) -> None:
     leaves, _, options = make()
     leaves = {k: v.double().requires_grad_() for k, v in leaves.items()}
-    ours, truth = ({only: call(f, leaves, None, options)[only]} for f in (conv_lstm, conv_lstm_reference))
+    ours, truth = ({only: call(f, leaves, None, options)[only]} for f in (conv_lstm_channels_last, conv_lstm_reference))
     torch.testing.assert_close(gradients(ours, leaves), gradients(truth, leaves), rtol=1e-11, atol=1e-12)
 
 
@@ -104,7 +104,7 @@ def test_second_derivatives() -> None:
     leaves, mask, options = make(**CASES["backwards in time, dropout"])
     leaves = {k: v.double().requires_grad_() for k, v in leaves.items()}
     found = []
-    for function in (conv_lstm, conv_lstm_reference):
+    for function in (conv_lstm_channels_last, conv_lstm_reference):
         first = gradients(call(function, leaves, mask, options), leaves, create_graph=True)
         penalty = sum(g.square().sum() for g in first.values())
         found.append(dict(zip(leaves, torch.autograd.grad(penalty, list(leaves.values())))))
@@ -116,7 +116,7 @@ def test_autocast_keeps_c_and_the_gradients_wide() -> None:
     truth_leaves = {k: v.double().requires_grad_() for k, v in leaves.items()}
     leaves = {k: v.requires_grad_() for k, v in leaves.items()}
     with torch.autocast("cpu", torch.bfloat16):
-        ours = call(conv_lstm, leaves, mask, options)
+        ours = call(conv_lstm_channels_last, leaves, mask, options)
     assert [ours[k].dtype for k in ("output", "h_n", "c_n")] == [torch.bfloat16, torch.bfloat16, torch.float32]
     truth = call(conv_lstm_reference, truth_leaves, mask, options)
     pairs = [(ours[k], truth[k]) for k in truth]
@@ -133,7 +133,9 @@ def test_a_strided_clip_and_one_laid_out_channels_last() -> None:
     last = video.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
     truth = call(conv_lstm_reference, {**leaves, "x": video}, mask, options)
     for x in (video, last):
-        torch.testing.assert_close(call(conv_lstm, {**leaves, "x": x}, mask, options), truth, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            call(conv_lstm_channels_last, {**leaves, "x": x}, mask, options), truth, rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize(
@@ -154,3 +156,14 @@ def test_what_it_does_not_cover_goes_to_the_reference(options: dict[str, Any], s
     assert not covers(x, None, w_x, w_h, **options)
     ours, truth = (function(x, None, w_x, w_h, **options) for function in (conv_lstm, conv_lstm_reference))
     torch.testing.assert_close(ours, truth, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("clips", "size", "hidden", "taken"), [(4, 48, 16, True), (1, 8, 16, False), (2, 16, 128, False)]
+)
+def test_auto_takes_it_where_it_pays(clips: int, size: int, hidden: int, taken: bool) -> None:
+    x = torch.randn(clips, 1, 4, size, size)
+    w_x, w_h = torch.randn(4 * hidden, 4, 5, 5, requires_grad=True), torch.randn(4 * hidden, hidden, 5, 5)
+    for backend, wanted in (("auto", taken), ("reference", False)):
+        _, (h, _) = conv_lstm(x, None, w_x, w_h, backend=backend)
+        assert (type(h.grad_fn).__name__ == "_ChannelsLastBackward") is wanted
