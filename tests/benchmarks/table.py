@@ -1,0 +1,79 @@
+"""The README's table of speed, from results/*.json, and its plot.
+
+python tests/benchmarks/table.py
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from measure import RESULTS
+
+OURS = "convlstm_fish"
+ROWS = {
+    "training_step_64_bfloat16": "visionary-serenity, training, batch 64",
+    "training_step_4_bfloat16": "visionary-serenity, training, batch 4",
+    "inference_64_bfloat16": "visionary-serenity, inference, batch 64",
+    "frame_prediction_holmdk_16_bfloat16": "encoder-decoder, training, batch 16",
+    "frame_prediction_openstl_16_bfloat16": "ConvLSTM-S, training, batch 16",
+    "frame_prediction_openstl_128_bfloat16": "ConvLSTM-S, training, batch 128",
+    "training_step_4_float32_cpu": "2 CPU cores: training, batch 4, float32",
+    "training_step_4_bfloat16_cpu": "2 CPU cores: training, batch 4, bfloat16",
+    "inference_4_float32_cpu": "2 CPU cores: inference, batch 4, float32",
+    "inference_4_bfloat16_cpu": "2 CPU cores: inference, batch 4, bfloat16",
+}
+
+
+def rate(row: dict[str, float], graphed: bool) -> float:
+    return max(row["per_second"], row.get("graph_per_second", 0.0) if graphed else 0.0)
+
+
+def line(title: str, rows: dict[str, dict[str, float]]) -> str:
+    """One row of the table: both rates as they come and as CUDA graphs, and the memory."""
+    others = {name: row for name, row in rows.items() if name != OURS}
+    cells = [title]
+    for graphed in (False, True):
+        if graphed and "graph_per_second" not in rows[OURS]:
+            cells.append("")
+            continue
+        best = max(others, key=lambda name: rate(others[name], graphed))
+        ours, theirs = rate(rows[OURS], graphed), rate(others[best], graphed)
+        cells.append(f"{ours:,.0f} : {theirs:,.0f} ({best}) = {ours / theirs:.2f}")
+    peaks = [rows[name]["peak_gib"] for name in (OURS, "concat eager") if "peak_gib" in rows.get(name, {})]
+    cells.append(" : ".join(f"{peak:.1f}" for peak in peaks))
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    found: dict[str, dict[str, Any]] = {}
+    for name in ROWS:
+        path = RESULTS / f"{name}.json"
+        if path.is_file():
+            found[name] = json.loads(path.read_text())
+    print("| | sequences a second, ours : best other | both as CUDA graphs | peak GiB, ours : concat cell |")
+    print("| --- | --- | --- | --- |")
+    for name, result in found.items():
+        print(line(ROWS[name], result["rows"]))
+
+    figure, axes = plt.subplots(2, -(-len(found) // 2), figsize=(14, 7), layout="constrained")
+    for axis, (name, result) in zip(axes.flat, found.items()):
+        rows = result["rows"]
+        for offset, graphed, colour in ((-0.2, False, "tab:blue"), (0.2, True, "tab:orange")):
+            heights = [rate(row, graphed) if not graphed or "graph_per_second" in row else 0.0 for row in rows.values()]
+            axis.bar([k + offset for k in range(len(rows))], heights, 0.4, color=colour)
+        axis.set_xticks(range(len(rows)), list(rows), rotation=60, ha="right", fontsize=7)
+        axis.set_title(f"{ROWS[name]}\n{result['machine']['device']}", fontsize=7)
+        axis.tick_params(axis="y", labelsize=7)
+    for axis in axes.flat[len(found) :]:
+        axis.remove()
+    figure.suptitle("Sequences a second: as written (blue), as a CUDA graph (orange)", fontsize=9)
+    figure.savefig(RESULTS / "speed.png", dpi=90)
+
+
+if __name__ == "__main__":
+    main()
