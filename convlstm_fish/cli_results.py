@@ -21,7 +21,7 @@ from rich.table import Table
 from convlstm_fish.data.modules import FishClips
 from convlstm_fish.evaluate import evaluate_recording, print_table, write_report
 from convlstm_fish.files import write_text
-from convlstm_fish.tasks import ClipClassification
+from convlstm_fish.tasks import ClipClassification, FramePrediction
 from convlstm_fish.tasks.callbacks.video_summary import encode_gif
 
 PREDICTED_FPS = 5.0
@@ -66,10 +66,11 @@ def write_test(
             report = write_report(result, folder / "report.html", settings)
             print(f"report: {report}")
             return
-    table = Table("metric", "value")
-    for name, value in figures.items():
-        table.add_row(name, f"{value:.5g}")
-    Console().print(table)
+    if not isinstance(task, FramePrediction):  # which has printed its own, frame by frame
+        table = Table("metric", "value")
+        for name, value in figures.items():
+            table.add_row(name, f"{value:.5g}")
+        Console().print(table)
     write_text(folder / "metrics.json", json.dumps(dict(figures), indent=2) + "\n")
 
 
