@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from convlstm_fish.commands import ablate
+from convlstm_fish.commands import ablate, ablation_table
 from convlstm_fish.errors import UserError
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "ablations").glob("*.yaml"))
@@ -211,4 +211,4 @@ def test_command_is_the_ordinary_fit(tmp_path: Path) -> None:
 def test_interval_is_students_for_any_number_of_seeds(runs: int, quantile: float) -> None:
     values = list(range(runs))
     expected = quantile * statistics.stdev(values) / math.sqrt(runs)
-    assert ablate._half_width(values) == pytest.approx(expected, rel=1e-3)
+    assert ablation_table._half_width(values) == pytest.approx(expected, rel=1e-3)
