@@ -180,6 +180,7 @@ def run_files(args: argparse.Namespace) -> Evaluation:
         motion,
         fps=args.fps,
         horizon_seconds=args.horizon_seconds,
+        event="burst" if onsets is None else "chase",
         onsets=onsets,
         labels_at_horizon=labels_at_horizon,
         train_motion=None if args.train_motion is None else load_series("--train_motion", args.train_motion),

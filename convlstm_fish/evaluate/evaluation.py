@@ -52,6 +52,7 @@ def evaluate(
     fps: float,
     name: str = "model",
     horizon_seconds: float = HORIZON_SECONDS,
+    event: str = "burst",
     onsets: npt.ArrayLike | None = None,
     labels_at_horizon: LabelsAtHorizon | None = None,
     burst_c: float = BURST_C,
@@ -74,6 +75,7 @@ def evaluate(
         fps: frames per second.
         name: what to call the model where ``probabilities`` is a single array.
         horizon_seconds: how far the labels look ahead.
+        event: what the table and the report call that which a label announces.
         onsets: start frames of the events, where they are known; otherwise a burst starts where a run of
             label 1 ends.
         labels_at_horizon: labels (T,) for a horizon in frames, for the skill against horizon; without it the
@@ -185,7 +187,8 @@ def evaluate(
             "seed": seed,
             "motion_lstm": asdict(lstm) if train_y is not None else None,
         },
-        notes=_notes(at, positive, len(y), horizon, fps, events, onsets is not None),
+        notes=_notes(at, positive, len(y), horizon, fps, events, onsets is not None, event),
+        event=event,
     )
 
 
@@ -278,6 +281,7 @@ def _notes(
     fps: float,
     events: Events,
     known_onsets: bool,
+    event: str,
 ) -> tuple[str, ...]:
     notes = [
         f"{len(frames)} frames scored, {frames[0]} to {frames[-1]}, at {fps:g} frames per second; "
@@ -292,5 +296,5 @@ def _notes(
             f"labels are taken as given."
         )
     source = "given as start frames" if known_onsets else "taken to start where a run of label 1 ends"
-    notes.append(f"Bursts that could be announced: {len(events.onset)}; they are {source}.")
+    notes.append(f"{event.capitalize()}s that could be announced: {len(events.onset)}; they are {source}.")
     return tuple(notes)

@@ -76,6 +76,7 @@ def evaluate_recording(
         recording.motion[start:stop],
         fps=recording.fps,
         horizon_seconds=horizon_seconds,
+        event=label,
         onsets=onsets,
         labels_at_horizon=at_horizon,
         **options,

@@ -62,7 +62,8 @@ def render(result: Evaluation, settings: Mapping[str, Any], title: str | None = 
     page = resources.files("convlstm_fish.evaluate") / "page"
     return environment.from_string((page / "page.html").read_text(encoding="utf-8")).render(
         title=title or " and ".join(row.name for row in models),
-        lede=f"Does a burst start within {result.horizon_frames / result.fps:g} s? {result.notes[0]}",
+        event=result.event,
+        lede=f"Does a {result.event} start within {result.horizon_frames / result.fps:g} s? {result.notes[0]}",
         level=f"{result.settings['confidence']:.0%}",
         horizon=f"{result.horizon_frames / result.fps:g}",
         verdicts=[_verdict(result, row) for row in models],
@@ -135,6 +136,7 @@ def _payload(result: Evaluation, models: list[Row], figures: dict[str, Any]) -> 
             "motion": _packed(result.motion[result.frames], "<f4"),
             "labels": _packed(result.positive, "u1"),
         },
+        "event": result.event,
         "events": {
             "first": result.events.first.tolist(),
             "last": result.events.last.tolist(),

@@ -68,7 +68,8 @@ class Evaluation:
         motion: (T,) its motion.
         fps: frames per second.
         horizon_frames: how far the labels look ahead.
-        events: the bursts that an alarm at a scored frame could announce.
+        events: the bursts, or other events, that an alarm at a scored frame could announce.
+        event: what one of them is called.
         watched_seconds: time during which an alarm could have been raised.
         horizons: seconds at which ``Row.horizon_auc`` is given.
         horizon_undefined: why there is no skill against horizon, or None.
@@ -92,6 +93,7 @@ class Evaluation:
     intervals_undefined: str | None
     settings: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    event: str = "burst"
 
     @property
     def positive(self) -> Bools:

@@ -102,7 +102,7 @@ def _difference_table(result: Evaluation) -> Table:
 
 def _event_table(result: Evaluation) -> Table:
     table = Table(
-        title="Bursts announced (median lead) at no more than this many false alarms a minute",
+        title=f"{result.event.capitalize()}s announced (median lead) at no more than this many false alarms a minute",
         title_justify="left",
     )
     table.add_column("forecast", overflow="fold")

@@ -10,6 +10,7 @@ from convlstm_fish.data.recording import Recording
 from convlstm_fish.data.recording_writer import RecordingWriter
 from convlstm_fish.errors import UserError
 from convlstm_fish.evaluate import MotionLSTMConfig, evaluate_recording
+from convlstm_fish.evaluate.report import render
 
 TRAIN, TEST = (0, 700), (700, 1100)
 STARTS = np.array([90, 260, 420, 610, 705, 780, 880, 1000])
@@ -86,6 +87,11 @@ def test_chases_are_the_events(recording: Recording) -> None:
     assert result.rows[0].events[0].recall == 1.0
     assert result.horizon_undefined is None
     assert result.rows[0].horizon_auc[10] == 1.0
+    assert result.notes[-1] == "Chases that could be announced: 3; they are given as start frames."
+    page = render(result, {})
+    assert "Does a chase start within 1 s?" in page
+    assert "3 chases announced" in page
+    assert "no burst" not in page
 
 
 def test_threshold_and_clip_length_reach_the_labels(recording: Recording) -> None:

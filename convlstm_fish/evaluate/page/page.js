@@ -189,7 +189,7 @@
   function drawAlarms(counted) {
     const pick = (right) => within(counted.raised.filter((alarm) => alarm.right === right).map((alarm) => [alarm.at, alarm.until]));
     const traces = [
-      boxes(pick(true), 0.55, 1, { fillcolor: "#1a9a6c", name: "alarm, a burst follows" }),
+      boxes(pick(true), 0.55, 1, { fillcolor: "#1a9a6c", name: `alarm, a ${payload.event} follows` }),
       boxes(pick(false), 0, 0.45, { fillcolor: "#c0392b", name: "false alarm" }),
     ];
     Plotly.react("fig-alarms", traces, themed({
@@ -209,8 +209,8 @@
     return [
       boxes(within(runs), 0, highest * 1.08, { fillcolor: "rgba(120,130,150,0.36)", name: "label 1" }),
       ...colouredLine(kept, gap),
-      { x: starts.map(seconds), y: starts.map(() => highest * 1.1), mode: "markers", name: "a burst starts",
-        marker: { symbol: "triangle-down", size: 9, color: css("--ink") }, hovertemplate: "burst at %{x:.2f} s<extra></extra>" },
+      { x: starts.map(seconds), y: starts.map(() => highest * 1.1), mode: "markers", name: `a ${payload.event} starts`,
+        marker: { symbol: "triangle-down", size: 9, color: css("--ink") }, hovertemplate: payload.event + " at %{x:.2f} s<extra></extra>" },
       { x: kept.map((i) => seconds(frames[i])), y: kept.map((i) => motion[i]), customdata: kept.map((i) => [model.probability[i], labels[i], frames[i]]),
         mode: "markers", marker: { size: 5, opacity: 0, color: kept.map((i) => model.probability[i]), colorscale: scale, cmin: 0, cmax: 1, showscale: true,
           colorbar: { title: { text: "probability", side: "right" }, thickness: 12, outlinewidth: 0, len: 0.9, x: 1.01 } },
@@ -256,7 +256,7 @@
     show("stat-accuracy", r.accuracy); show("stat-j", r.j);
     show("stat-alarms", counted.raised.length, 0);
     show("stat-false", counted.wrong / series.minutes, 1);
-    $("stat-recall").textContent = events.onset.length ? `${counted.recalled} of ${events.onset.length}` : "no bursts";
+    $("stat-recall").textContent = events.onset.length ? `${counted.recalled} of ${events.onset.length}` : `no ${payload.event}s`;
     show("stat-lead", counted.lead, 2, " s");
     if (figures.roc) {
       const colour = { "marker.line.color": model.colour };
