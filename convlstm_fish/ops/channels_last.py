@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convlstm_fish.ops.checks import check_arguments
-from convlstm_fish.ops.equations import Norm, Peephole, State, recurrent_pads
-from convlstm_fish.ops.geometry import Geometry, Padding, compute_dtype, per_dim, state_dtype
+from convlstm_fish.ops.equations import Norm, Peephole, State, first_state, recurrent_pads
+from convlstm_fish.ops.geometry import Geometry, Padding, compute_dtype, per_dim
 from convlstm_fish.ops.reference import conv_lstm_reference
 from convlstm_fish.ops.reference_backward import DERIVATIVES
 
@@ -170,29 +170,30 @@ class _ChannelsLast(torch.autograd.Function):
     """The sequence with its gradient; a second derivative goes through the reference."""
 
     @staticmethod
-    def forward(ctx: Any, recipe: _Recipe, *tensors: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
+    def forward(ctx: Any, recipe: _Recipe, *tensors: Any) -> tuple[Tensor | None, Tensor, Tensor]:
         x, h_0, c_0, weight_ih, weight_hh, bias, mask = tensors
-        output, h, c, kept = _forward(x, h_0, c_0, weight_ih, weight_hh, bias, mask, recipe, True)  # type: ignore[arg-type]
-        ctx.save_for_backward(*tensors)
-        ctx.recipe, ctx.kept = recipe, kept
+        output, h, c, kept = _forward(x, h_0, c_0, weight_ih, weight_hh, bias, mask, recipe, True)
+        ctx.save_for_backward(*tensors, *(kept or ()))
+        ctx.recipe = recipe
         ctx.set_materialize_grads(False)
         return None if output is None else output.permute(0, 1, 4, 2, 3), _image(h), _image(c)
 
     @staticmethod
     def backward(ctx: Any, d_output: Tensor | None, d_h: Tensor | None, d_c: Tensor | None) -> tuple[Any, ...]:
-        grads = (d_output, d_h, d_c)
+        needed, grads = ctx.needs_input_grad[1:], (d_output, d_h, d_c)
+        tensors, kept = ctx.saved_tensors[: len(needed)], _Kept(*ctx.saved_tensors[len(needed) :])
         if torch.is_grad_enabled():
-            return None, *_differentiable(ctx.saved_tensors, ctx.needs_input_grad[1:], grads, ctx.recipe)
-        return None, *_gradients(ctx.saved_tensors, ctx.needs_input_grad[1:], grads, ctx.recipe, ctx.kept)
+            return None, *_differentiable(tensors, needed, grads, ctx.recipe)
+        return None, *_gradients(tensors, needed, grads, ctx.recipe, kept)
 
 
 def _differentiable(
-    tensors: Sequence[Tensor | None], needed: Sequence[bool], grads: Sequence[Tensor | None], recipe: _Recipe
+    tensors: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor | None], recipe: _Recipe
 ) -> list[Tensor | None]:
     """The gradients as functions that can be differentiated again."""
     x, h_0, c_0, weight_ih, weight_hh, bias, mask = tensors
     output, state = conv_lstm_reference(
-        x, (h_0, c_0), weight_ih, weight_hh, bias, padding=recipe.padding,  # type: ignore[arg-type]
+        x, (h_0, c_0), weight_ih, weight_hh, bias, padding=recipe.padding,
         recurrent_activation=recipe.activation, recurrent_mask=mask, reverse=recipe.reverse,
         return_sequences=recipe.return_sequences,
     )  # fmt: skip
@@ -207,13 +208,11 @@ def _differentiable(
 
 
 def _gradients(
-    tensors: Sequence[Tensor | None], needed: Sequence[bool], grads: Sequence[Tensor | None], recipe: _Recipe,
+    tensors: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor | None], recipe: _Recipe,
     kept: _Kept,
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of x, h_0, c_0, the weights and the bias, and None for the mask."""
     x, h_0, c_0, weight_ih, weight_hh, bias, mask = tensors
-    if x is None or h_0 is None or c_0 is None or weight_ih is None or weight_hh is None:
-        raise RuntimeError("saved tensors are gone")
     channels, size = x.shape[2], x.shape[3:]
     hidden, out, dtype, wide = weight_hh.shape[1], recipe.where.out, x.dtype, c_0.dtype
     x_place = _inside(size, recipe.where.pads)
@@ -324,12 +323,7 @@ def conv_lstm_channels_last(
         recurrent_activation=recurrent_activation, recurrent_mask=recurrent_mask, lengths=lengths, **rest,
     )  # fmt: skip
     dtype = compute_dtype(input)
-    wide = state_dtype(dtype)
-    if hx is None:
-        h_0 = input.new_zeros(input.shape[0], weight_hh.shape[1], *where.out, dtype=dtype)
-        c_0 = h_0.to(wide)
-    else:
-        h_0, c_0 = hx[0].to(dtype), hx[1].to(wide)
+    h_0, c_0 = first_state(input, hx, weight_hh.shape[1], where)
     recipe = _Recipe(where, padding, recurrent_activation, reverse, return_sequences)
     tensors = (
         input.to(dtype), h_0, c_0, weight_ih.to(dtype), weight_hh.to(dtype), None if bias is None else bias.to(dtype),

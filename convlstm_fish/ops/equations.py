@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convlstm_fish.ops.geometry import Geometry, same_padding
+from convlstm_fish.ops.geometry import Geometry, compute_dtype, same_padding, state_dtype
 
 State = tuple[Tensor, Tensor]
 Peephole = tuple[Tensor, Tensor, Tensor]
@@ -64,6 +64,15 @@ class Weights(NamedTuple):
     peephole: Peephole | None
     norm: Norm | None
     mask: Tensor | None
+
+
+def first_state(input: Tensor, hx: State | None, hidden: int, where: Geometry) -> State:
+    """(h_0, c_0) in their dtypes, zeros without ``hx``; input (N, T, C, *spatial)."""
+    dtype = compute_dtype(input)
+    if hx is not None:
+        return hx[0].to(dtype), hx[1].to(state_dtype(dtype))
+    h_0 = input.new_zeros(input.shape[0], hidden, *where.out, dtype=dtype)
+    return h_0, h_0.to(state_dtype(dtype))
 
 
 def convolve(

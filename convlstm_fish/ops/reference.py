@@ -16,6 +16,7 @@ from convlstm_fish.ops.equations import (
     Peephole,
     State,
     Weights,
+    first_state,
     gates,
     input_part,
     recurrent_part,
@@ -232,11 +233,7 @@ def conv_lstm_reference(
     clips, steps = input.shape[:2]
     dtype = compute_dtype(input)
     wide = state_dtype(dtype)
-    if hx is None:
-        h_0 = input.new_zeros(clips, weight_hh.shape[1], *where.out, dtype=dtype)
-        start = (h_0, h_0.to(wide))
-    else:
-        start = (hx[0].to(dtype), hx[1].to(wide))
+    start = first_state(input, hx, weight_hh.shape[1], where)
     w = Weights(
         weight_ih.to(dtype),
         weight_hh.to(dtype),

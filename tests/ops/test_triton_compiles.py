@@ -62,6 +62,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
         (torch.bfloat16, (4, 16), False),
         (torch.float16, (16, 32), True),
         (torch.float32, (3, 5), True),
+        (torch.bfloat16, (64, 64), True),  # keeps its gates
     ],
     ids=str,
 )

@@ -61,6 +61,24 @@ def add_to(ptr, value, mask):
 
 
 @triton.jit
+def cell_update(
+    z_i, z_f, z_g, z_o, c, w_ci_ptr, w_cf_ptr, w_co_ptr, ch, pixel, exists,
+    C: tl.constexpr, PEEPHOLE: tl.constexpr, HAS_STATE: tl.constexpr, ACT: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """The gates i, f, g, o and the next c, from what comes before the activations and the c before."""
+    if HAS_STATE and PEEPHOLE > 0:
+        z_i += load_peephole(w_ci_ptr, ch, pixel, exists, C, PEEPHOLE) * c
+        z_f += load_peephole(w_cf_ptr, ch, pixel, exists, C, PEEPHOLE) * c
+    i = recurrent_activation(z_i, ACT, FAST)
+    f = recurrent_activation(z_f, ACT, FAST)
+    g = tanh(z_g, FAST)
+    c = f * c + i * g
+    if PEEPHOLE > 0:
+        z_o += load_peephole(w_co_ptr, ch, pixel, exists, C, PEEPHOLE) * c
+    return i, f, g, recurrent_activation(z_o, ACT, FAST), c
+
+
+@triton.jit
 def store_gates(ptr, i, f, g, o, exists, C: tl.constexpr):
     """Four numbers a channel, in the order i, f, g, o."""
     tl.store(ptr, i.to(ptr.dtype.element_ty), mask=exists)
@@ -109,19 +127,13 @@ def forward_step(
             C, CP, C_IN, CP_IN, KH, KW, KHX, KWX, SY, SX, PY, PX, DY, DX,
             HAS_STATE, HAS_BIAS, HAS_MASK, PRECISION, BM, BC, BK, BKX, STAGES,
         )  # fmt: skip
-        c = tl.zeros((BM, BC), dtype=tl.float32)
+        c_before = tl.zeros((BM, BC), dtype=tl.float32)
         if HAS_STATE:
-            c = tl.load(c_in_ptr + n * state_n + at, mask=exists, other=0.0)
-            if PEEPHOLE > 0:
-                z_i += load_peephole(w_ci_ptr, ch, pixel, exists, C, PEEPHOLE) * c
-                z_f += load_peephole(w_cf_ptr, ch, pixel, exists, C, PEEPHOLE) * c
-        i = recurrent_activation(z_i, ACT, FAST)
-        f = recurrent_activation(z_f, ACT, FAST)
-        g = tanh(z_g, FAST)
-        c = f * c + i * g
-        if PEEPHOLE > 0:
-            z_o += load_peephole(w_co_ptr, ch, pixel, exists, C, PEEPHOLE) * c
-        o = recurrent_activation(z_o, ACT, FAST)
+            c_before = tl.load(c_in_ptr + n * state_n + at, mask=exists, other=0.0)
+        i, f, g, o, c = cell_update(
+            z_i, z_f, z_g, z_o, c_before, w_ci_ptr, w_cf_ptr, w_co_ptr, ch, pixel, exists,
+            C, PEEPHOLE, HAS_STATE, ACT, FAST,
+        )  # fmt: skip
         h = o * tanh(c, FAST)
         tl.store(c_out_ptr + n * state_n + at, c, mask=exists)
         if SAVE_C:
@@ -219,16 +231,10 @@ def backward_step(
                 C, CP, C_IN, CP_IN, KH, KW, KHX, KWX, SY, SX, PY, PX, DY, DX,
                 HAS_STATE, HAS_BIAS, HAS_MASK, PRECISION, BM, BC, BK, BKX, STAGES,
             )  # fmt: skip
-            if HAS_STATE and PEEPHOLE > 0:
-                z_i += load_peephole(w_ci_ptr, ch, pixel, exists, C, PEEPHOLE) * c_before
-                z_f += load_peephole(w_cf_ptr, ch, pixel, exists, C, PEEPHOLE) * c_before
-            i = recurrent_activation(z_i, ACT, FAST)
-            f = recurrent_activation(z_f, ACT, FAST)
-            g = tanh(z_g, FAST)
-            c = f * c_before + i * g
-            if PEEPHOLE > 0:
-                z_o += load_peephole(w_co_ptr, ch, pixel, exists, C, PEEPHOLE) * c
-            o = recurrent_activation(z_o, ACT, FAST)
+            i, f, g, o, c = cell_update(
+                z_i, z_f, z_g, z_o, c_before, w_ci_ptr, w_cf_ptr, w_co_ptr, ch, pixel, exists,
+                C, PEEPHOLE, HAS_STATE, ACT, FAST,
+            )  # fmt: skip
         squashed = tanh(c, FAST)
 
         da_o = dh * squashed * recurrent_slope(o, ACT)

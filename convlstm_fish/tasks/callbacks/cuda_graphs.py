@@ -28,7 +28,6 @@ class _Body(nn.Module):
         super().__init__()
         self.network = network
         self._run, self._names, self._rest = forward, names, rest
-        self.train(network.training)
 
     def forward(self, *tensors: Tensor) -> Tensor:
         return self._run(**dict(zip(self._names, tensors)), **self._rest)
