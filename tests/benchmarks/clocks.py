@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from measure import now
 
 # Kernels are compiled and graphs captured in the first steps: the steady rate is counted after them.
 WARM = 30
@@ -22,29 +22,24 @@ class EpochClock(pl.Callback):
         self.clips = self.clips_warm = 0
         self.since = self.warm = 0.0
 
-    def _now(self) -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.since, self.clips = self._now(), 0
+        self.since, self.clips = now(), 0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.clips += len(batch["video"]) * trainer.world_size
         if batch_idx + 1 == WARM:
-            self.warm, self.clips_warm = self._now(), self.clips
+            self.warm, self.clips_warm = now(), self.clips
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        now = self._now()
+        ended = now()
         if not trainer.is_global_zero:
             return
-        row = {"epoch_seconds": now - self.since, "clips": self.clips}
+        row = {"epoch_seconds": ended - self.since, "clips": self.clips}
         row["per_second"] = self.clips / row["epoch_seconds"]
         if self.warm:
-            row["steady_per_second"] = (self.clips - self.clips_warm) / (now - self.warm)
+            row["steady_per_second"] = (self.clips - self.clips_warm) / (ended - self.warm)
         if torch.cuda.is_available():
             row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         Path(os.environ["EPOCH_CLOCK"]).write_text(json.dumps(row))

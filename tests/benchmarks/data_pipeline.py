@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, machine, write
+from measure import RESULTS, machine, now, write
 
 from convlstm_fish.data.modules import FishClips
 
@@ -32,12 +31,10 @@ def rate(args: argparse.Namespace, pixels_on: str, workers: int) -> dict[str, fl
     device, loader = torch.device(args.device), iter(data.train_dataloader())
 
     def deliver(batches: int) -> float:
-        since = time.perf_counter()
+        since = now()
         for batch in itertools.islice(loader, batches):
             data.on_after_batch_transfer(data.transfer_batch_to_device(batch, device, 0), 0)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - since
+        return now() - since
 
     deliver(WARM)
     seconds = deliver(args.batches)

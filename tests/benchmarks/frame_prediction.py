@@ -9,7 +9,6 @@ its predictions back, with true frames in place of half of them, as scheduled sa
 
 from __future__ import annotations
 
-import gc
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from competitors import ConcatCell
-from measure import against_best, autocast, measure, parser, report, wanted
+from measure import against_best, autocast, forget, measure, parser, report, wanted
 from torch import Tensor, nn
 
 from convlstm_fish.models import FramePredictor, StackedPredictor
@@ -132,15 +131,9 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        row = measure(train, args)
-        row["per_second"] = 1e3 * args.batch / row["ms"]
-        if "graph_ms" in row:
-            row["graph_per_second"] = 1e3 * args.batch / row["graph_ms"]
-        rows[name] = row
+        rows[name] = measure(train, args, args.batch)
         del network, optimizer, train
-        gc.collect()
-        if cuda:
-            torch.cuda.empty_cache()
+        forget()
     report(f"frame_prediction_{args.preset}_{args.batch}_{args.dtype}", rows, args, **against_best(rows, OURS))
 
 

@@ -9,14 +9,13 @@ The sizes of holmdk's network, of OpenSTL's ConvLSTM-S (frames of 64x64 in patch
 from __future__ import annotations
 
 import argparse
-import gc
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from competitors import Stack, makers
-from measure import against_best, autocast, measure, parser, report, wanted
+from measure import against_best, autocast, forget, measure, parser, report, wanted
 from torch import Tensor, nn
 
 from convlstm_fish import ConvLSTM
@@ -61,15 +60,9 @@ def run(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        row = measure(train, args)
-        row["per_second"] = 1e3 * batch / row["ms"]
-        if "graph_ms" in row:
-            row["graph_per_second"] = 1e3 * batch / row["graph_ms"]
-        rows[name] = row
+        rows[name] = measure(train, args, batch)
         del network, optimizer, train
-        gc.collect()
-        if cuda:
-            torch.cuda.empty_cache()
+        forget()
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -34,6 +35,13 @@ def autocast(device: str, dtype: str) -> torch.autocast:
     """Autocast to ``dtype``, off for float32."""
     kind = getattr(torch, dtype)
     return torch.autocast(torch.device(device).type, kind, enabled=kind != torch.float32)
+
+
+def now() -> float:
+    """Seconds on the clock, once the GPU has done what was asked of it."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _once(function: Callable[[], Any], device: str) -> float:
@@ -71,8 +79,9 @@ def graphed(function: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def measure(function: Callable[[], Any], args: argparse.Namespace) -> dict[str, float]:
-    """Time of ``function``, eager and as a graph, and the memory it peaks at; what fails is told, not hidden."""
+def measure(function: Callable[[], Any], args: argparse.Namespace, batch: int) -> dict[str, float]:
+    """Time and rate of ``function`` on so many clips, eager and as a graph, and the memory it peaks at; what fails is
+    told, not hidden."""
     cuda = torch.device(args.device).type == "cuda"
     function()
     if cuda:
@@ -87,7 +96,17 @@ def measure(function: Callable[[], Any], args: argparse.Namespace) -> dict[str, 
             except RuntimeError as error:
                 print(f"  no CUDA graph: {str(error).splitlines()[0]}", file=sys.stderr)
                 torch.cuda.synchronize()
+    row["per_second"] = 1e3 * batch / row["ms"]
+    if "graph_ms" in row:
+        row["graph_per_second"] = 1e3 * batch / row["graph_ms"]
     return row
+
+
+def forget() -> None:
+    """Free the memory of what was deleted, so that the next entry starts as the first did."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def copy_bandwidth(gib: float = 4.0) -> float:

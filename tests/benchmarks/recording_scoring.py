@@ -6,12 +6,11 @@ python tests/benchmarks/recording_scoring.py --data data/tank --batch 64
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from measure import RESULTS, autocast, clock, machine, write
+from measure import RESULTS, autocast, clock, machine, now, write
 
 from convlstm_fish.data.modules import FishClips
 from convlstm_fish.tasks import ClipClassification
@@ -24,18 +23,13 @@ class PredictClock(pl.Callback):
         self.first = self.seconds = 0.0
         self.batches = 0
 
-    def _now(self) -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def on_predict_batch_end(self, *args: object, **kwargs: object) -> None:
         if not self.batches:
-            self.first = self._now()
+            self.first = now()
         self.batches += 1
 
     def on_predict_end(self, *args: object) -> None:
-        self.seconds = self._now() - self.first
+        self.seconds = now() - self.first
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ python tests/benchmarks/training_step.py --batch 64 --inference --keras jax torc
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from competitors import Serenity, makers
-from measure import against_best, autocast, copy_bandwidth, measure, parser, report, wanted
+from measure import against_best, autocast, copy_bandwidth, forget, measure, parser, report, wanted
 from torch import nn
 
 from convlstm_fish import ClipClassifier
@@ -107,15 +106,9 @@ def main() -> None:
             with autocast(args.device, args.dtype):
                 network(video)
 
-        row = measure(infer if args.inference else train, args)
-        row["per_second"] = 1e3 * args.batch / row["ms"]
-        if "graph_ms" in row:
-            row["graph_per_second"] = 1e3 * args.batch / row["graph_ms"]
-        rows[name] = row
+        rows[name] = measure(infer if args.inference else train, args, args.batch)
         del network, optimizer, train, infer
-        gc.collect()
-        if cuda:
-            torch.cuda.empty_cache()
+        forget()
 
     more: dict[str, Any] = against_best(rows, OURS)
     if torch.device(args.device).type == "cuda" and args.dtype != "float32":
