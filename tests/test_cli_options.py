@@ -150,7 +150,7 @@ def test_no_option_of_fit_is_left_out(config: str, monkeypatch: pytest.MonkeyPat
     parser = built(monkeypatch, config)[1].parser_of_run()
     known = {action.dest for action in parser._actions}
     roots = {dest for dest in known if "." not in dest} - {"help", "config", "trainer", "model", "data", "print_config"}
-    # ckpt_path and weights: see test_cli.py. trainer.*: above. model.* and data.*: below and in tests/data/modules.
+    # ckpt_path and weights: test_cli_resume.py. trainer.*: above. model.* and data.*: below and in tests/data/modules.
     assert roots == {*OWN, "ckpt_path", "weights"}
     assert {
         dest.removeprefix("trainer.") for dest in known if dest.startswith("trainer.") and not dest.endswith(".help")

@@ -1,4 +1,4 @@
-"""Keras models as Keras wrote them, and a way to change what they say."""
+"""Keras models as Keras wrote them, a way to change what they say, and the line with which a file is refused."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from convlstm_fish.errors import UserError
 from convlstm_fish.interop import keras_h5
 from convlstm_fish.interop.hdf5 import read_hdf5
+from convlstm_fish.interop.keras import import_keras
 
 
 @pytest.fixture(scope="session")
@@ -56,3 +58,19 @@ def edited(keras_models: Path, tmp_path: Path) -> Callable[..., Path]:
         return target
 
     return edit
+
+
+@pytest.fixture
+def refusal() -> Callable[..., str]:
+    """``refusal(path, **options)``: the one line with which a file is refused."""
+
+    def of_file(path: Path, **options: Any) -> str:
+        with pytest.raises(UserError) as refused:
+            import_keras(path, **options)
+        message = str(refused.value)
+        assert "\n" not in message
+        assert len(message) < 700
+        assert path.name in message
+        return message
+
+    return of_file

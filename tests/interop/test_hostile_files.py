@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -23,7 +22,7 @@ import torch
 from convlstm_fish.commands import import_keras as command
 from convlstm_fish.commands.export_keras import load_classifier
 from convlstm_fish.errors import UserError
-from convlstm_fish.interop import hdf5, keras_h5, keras_npz
+from convlstm_fish.interop import keras_h5, keras_npz
 from convlstm_fish.interop.keras import import_keras
 
 pytestmark = pytest.mark.usefixtures("hdf5_read_once")
@@ -49,17 +48,6 @@ def marker(tmp_path: Path) -> Path:
     return path
 
 
-def refusal(path: Path, **options: Any) -> str:
-    """The one line with which a file is refused."""
-    with pytest.raises(UserError) as refused:
-        import_keras(path, **options)
-    message = str(refused.value)
-    assert "\n" not in message
-    assert len(message) < 700
-    assert path.name in message
-    return message
-
-
 def with_header(shape: tuple[int, ...], descr: Any = "<f4", data: bytes = b"") -> bytes:
     """A .npy file whose header says what it likes."""
     file = io.BytesIO()
@@ -77,7 +65,7 @@ def zipped(path: Path, **members: bytes) -> Path:
 # -- .npz --------------------------------------------------------------------------------------------------------------
 
 
-def test_npz_with_a_pickle(tmp_path: Path, marker: Path) -> None:
+def test_npz_with_a_pickle(tmp_path: Path, marker: Path, refusal: Callable[..., str]) -> None:
     path = tmp_path / "weights.npz"
     np.savez(path, a_kernel=np.array([Payload(marker)], dtype=object))
     assert "pickled Python objects, which are not loaded" in refusal(path)
@@ -89,11 +77,11 @@ def test_npz_with_a_pickle(tmp_path: Path, marker: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(2**40,), (2**31, 2**31), (-1,), (3, 3), (1,) * 40])
-def test_npz_with_an_absurd_shape(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_npz_with_an_absurd_shape(tmp_path: Path, shape: tuple[int, ...], refusal: Callable[..., str]) -> None:
     refusal(zipped(tmp_path / "weights.npz", **{"a_kernel.npy": with_header(shape, data=b"1234")}))
 
 
-def test_npz_of_something_else(tmp_path: Path) -> None:
+def test_npz_of_something_else(tmp_path: Path, refusal: Callable[..., str]) -> None:
     np.savez(tmp_path / "data.npz", video=np.zeros(3))
     assert "'video' is not named <layer>_<role>" in refusal(tmp_path / "data.npz")
     np.savez(tmp_path / "names.npz", a_kernel=np.array(["x"]))
@@ -106,7 +94,7 @@ def test_npz_of_something_else(tmp_path: Path) -> None:
     refusal(tmp_path / "empty.npz")
 
 
-def test_npz_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_npz_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Callable[..., str]) -> None:
     path = zipped(tmp_path / "bomb.npz", **{"a_kernel.npy": with_header((2**20,), data=bytes(2**22))})
     assert path.stat().st_size < 2**13
     monkeypatch.setattr(keras_npz, "MAX_ARRAY_BYTES", 2**20)
@@ -116,7 +104,7 @@ def test_npz_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # -- .keras ------------------------------------------------------------------------------------------------------------
 
 
-def test_keras_file_with_code(edited: Callable[..., Path], marker: Path) -> None:
+def test_keras_file_with_code(edited: Callable[..., Path], marker: Path, refusal: Callable[..., str]) -> None:
     program = compile(f"__import__('pathlib').Path({str(marker)!r}).touch()", "payload", "exec")
     code = base64.b64encode(marshal.dumps(program)).decode()
     payload = {"class_name": "__lambda__", "config": {"value": code, "defaults": None, "closure": None}}
@@ -158,7 +146,9 @@ def test_keras_file_with_paths_that_lead_out(keras_models: Path, tmp_path: Path)
     assert not Path("/tmp/evil-of-convlstm-fish.txt").exists()
 
 
-def test_keras_file_that_is_a_bomb(keras_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keras_file_that_is_a_bomb(
+    keras_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Callable[..., str]
+) -> None:
     path = tmp_path / "bomb.keras"
     with zipfile.ZipFile(keras_models / "3.15.1" / "functional.keras") as old:
         members = {name: old.read(name) for name in old.namelist()}
@@ -187,13 +177,15 @@ def test_keras_file_that_is_a_bomb(keras_models: Path, tmp_path: Path, monkeypat
         b'{"class_name": ["Functional"], "config": {"layers": []}}',
     ],
 )
-def test_keras_file_with_a_broken_config(keras_models: Path, tmp_path: Path, config: bytes) -> None:
+def test_keras_file_with_a_broken_config(
+    keras_models: Path, tmp_path: Path, config: bytes, refusal: Callable[..., str]
+) -> None:
     with zipfile.ZipFile(keras_models / "3.15.1" / "functional.keras") as old:
         members = {name: old.read(name) for name in old.namelist()}
     refusal(zipped(tmp_path / "model.keras", **{**members, "config.json": config}))
 
 
-def test_keras_file_that_lacks_a_part(keras_models: Path, tmp_path: Path) -> None:
+def test_keras_file_that_lacks_a_part(keras_models: Path, tmp_path: Path, refusal: Callable[..., str]) -> None:
     with zipfile.ZipFile(keras_models / "3.15.1" / "functional.keras") as old:
         members = {name: old.read(name) for name in old.namelist()}
     for name in members:
@@ -201,122 +193,6 @@ def test_keras_file_that_lacks_a_part(keras_models: Path, tmp_path: Path) -> Non
         assert f"holds no {name}" in refusal(path)
     (tmp_path / "model.keras").write_bytes(b"not a zip")
     assert "not a readable .keras file" in refusal(tmp_path / "model.keras")
-
-
-# -- HDF5 --------------------------------------------------------------------------------------------------------------
-
-KERNEL = "layers/conv_lstm2d/cell/vars/0"
-
-
-@pytest.fixture
-def weights(keras_models: Path, tmp_path: Path) -> Path:
-    """A file of weights alone, to be spoilt."""
-    return Path(shutil.copy(keras_models / "3.15.1" / "functional.weights.h5", tmp_path / "model.weights.h5"))
-
-
-def spoilt(path: Path, spoil: Callable[[h5py.File], Any]) -> str:
-    with h5py.File(path, "a") as file:
-        del file[KERNEL]
-        spoil(file)
-    return refusal(path, recurrent_activation="sigmoid")
-
-
-def test_h5_that_asks_for_absurd_memory(weights: Path) -> None:
-    assert "more than the" in spoilt(weights, lambda f: f.create_dataset(KERNEL, (2**20, 2**20), "f4", chunks=(1, 1)))
-
-
-def test_h5_without_the_data_it_tells_of(weights: Path) -> None:
-    assert "has only 0 bytes" in spoilt(weights, lambda f: f.create_dataset(KERNEL, (64, 64), "f4", chunks=(8, 8)))
-
-
-def test_h5_that_reads_other_files(weights: Path, tmp_path: Path) -> None:
-    secret = tmp_path / "secret"
-    secret.write_bytes(bytes(4096))
-    external = [(str(secret), 0, 1152)]
-    assert "outside the file" in spoilt(
-        weights, lambda f: f.create_dataset(KERNEL, (3, 3, 2, 16), "f4", external=external)
-    )
-
-
-@pytest.mark.parametrize(
-    "link", [h5py.ExternalLink("other.h5", "/a"), h5py.SoftLink("/layers"), h5py.SoftLink("/absent")]
-)
-def test_h5_with_links(weights: Path, tmp_path: Path, link: Any) -> None:
-    with h5py.File(tmp_path / "other.h5", "w") as other:
-        other["a"] = np.zeros((3, 3, 2, 16), np.float32)
-    assert "is a link, Keras files have none" in spoilt(weights, lambda f: f.__setitem__(KERNEL, link))
-
-
-def test_h5_with_a_virtual_dataset(weights: Path, tmp_path: Path) -> None:
-    layout = h5py.VirtualLayout((3, 3, 2, 16), "f4")
-    layout[:] = h5py.VirtualSource(str(tmp_path / "other.h5"), "a", (3, 3, 2, 16))
-    assert "outside the file" in spoilt(weights, lambda f: f.create_virtual_dataset(KERNEL, layout))
-
-
-def test_h5_with_odd_contents(weights: Path) -> None:
-    zeros = np.zeros((3, 3, 2, 16), np.float32)
-    cases: list[tuple[Callable[[h5py.File], Any], str]] = [
-        (lambda f: f.create_dataset(KERNEL, data=zeros, compression="gzip"), "is compressed"),
-        (lambda f: f.create_dataset(KERNEL, data=["text"]), "weights must be numbers"),
-        (lambda f: f.create_dataset(KERNEL, data=np.full_like(zeros, np.inf)), "not finite"),
-        (lambda f: f.create_dataset(KERNEL, data=zeros[..., :15]), "layer 'conv_lstm2d' with the arrays"),
-        (
-            lambda f: f.create_dataset(KERNEL, data=zeros[:2, ..., :8]),
-            "layer 'conv_lstm2d' (ConvLSTM2D) has a recurrent",
-        ),
-        (lambda f: f.create_dataset(KERNEL, data=zeros.astype(complex)), "weights must be numbers"),
-        (lambda f: f.create_dataset(KERNEL, data=zeros > 1), "weights must be numbers"),
-        (lambda f: f.create_dataset(KERNEL, data=np.zeros(2, [("a", "f4"), ("b", "i4")])), "weights must be numbers"),
-        (lambda f: f.create_dataset(KERNEL, (2,), h5py.ref_dtype), "weights must be numbers"),
-        (lambda f: f.create_dataset(KERNEL, (2,), h5py.vlen_dtype(np.float32)), "weights must be numbers"),
-        (lambda f: f.create_dataset(KERNEL, (2,), h5py.opaque_dtype(np.dtype("M8[s]"))), "weights must be numbers"),
-        (lambda f: f.create_dataset(KERNEL, (2,), np.dtype(("f4", (3,)))), "weights must be numbers"),
-        (lambda f: f.__setitem__(KERNEL, h5py.Empty("f4")), "neither a group nor an array"),
-        (lambda f: f.create_group(KERNEL), "'0' is not an array"),
-        (lambda f: f.__setitem__(KERNEL, np.dtype("f4")), "neither a group nor an array"),
-        (lambda f: f.__setitem__("layers/conv_lstm2d/cell/again", f["layers"]), "more than 16 groups deep"),
-    ]
-    clean = weights.read_bytes()
-    for spoil, message in cases:
-        weights.write_bytes(clean)
-        assert message in spoilt(weights, spoil)
-
-
-def test_h5_that_repeats_one_array(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with h5py.File(weights, "a") as file:
-        for index in range(2, 60):
-            file[f"layers/conv_lstm2d_{index}/cell/vars/0"] = file[KERNEL]
-    monkeypatch.setattr(hdf5, "MAX_ARRAY_BYTES", 20_000)
-    assert "more than the 20000 bytes" in refusal(weights, recurrent_activation="sigmoid")
-
-
-def test_h5_on_which_the_library_never_ends(
-    keras_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """HDF5 1.14 loops over a heap of strings in which a block became zeros, as blocks of broken disks do."""
-    data = (keras_models / "2.15.0" / "sequential.h5").read_bytes()
-    at = data.index(b"batch_normalization_1/gamma:0") - 16
-    path = tmp_path / "model.h5"
-    path.write_bytes(data[:at] + bytes(56) + data[at + 56 :])
-    monkeypatch.setattr(hdf5, "TIME_LIMIT", 2.0)
-    refusal(path)
-
-
-@pytest.mark.parametrize("ending", ["raise SystemExit('no memory')", "import os; os.kill(os.getpid(), 11)"])
-def test_h5_on_which_the_library_crashes(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
-) -> None:
-    weights.write_bytes(weights.read_bytes() + b"unlike any file read before")
-    program = tmp_path / "hdf5_worker.py"
-    program.write_text(ending)
-    monkeypatch.setattr(hdf5, "WORKER", program)
-    assert "not a readable HDF5 file (" in refusal(weights, recurrent_activation="sigmoid")
-
-
-def test_h5_without_h5py(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights.write_bytes(weights.read_bytes() + b"unlike any file read before either")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install 'convlstm_fish[keras]'" in refusal(weights)
 
 
 # -- SavedModel --------------------------------------------------------------------------------------------------------
@@ -328,7 +204,7 @@ def savedmodel(keras_models: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(keras_models / "2.15.0" / "functional_savedmodel", tmp_path / "model"))
 
 
-def test_savedmodel_that_lacks_a_part(savedmodel: Path) -> None:
+def test_savedmodel_that_lacks_a_part(savedmodel: Path, refusal: Callable[..., str]) -> None:
     for name in ("variables.index", "variables.data-00000-of-00001"):
         path = savedmodel / "variables" / name
         data = path.read_bytes()
@@ -340,7 +216,7 @@ def test_savedmodel_that_lacks_a_part(savedmodel: Path) -> None:
     import_keras(savedmodel)
 
 
-def test_savedmodel_whose_weights_were_touched(savedmodel: Path) -> None:
+def test_savedmodel_whose_weights_were_touched(savedmodel: Path, refusal: Callable[..., str]) -> None:
     """Each byte of every variable that is read is under a checksum."""
     path = savedmodel / "variables" / "variables.index"
     index = path.read_bytes()
@@ -364,7 +240,7 @@ def test_savedmodel_whose_weights_were_touched(savedmodel: Path) -> None:
     assert refused > 5
 
 
-def test_savedmodel_of_something_else(savedmodel: Path) -> None:
+def test_savedmodel_of_something_else(savedmodel: Path, refusal: Callable[..., str]) -> None:
     metadata = savedmodel / "keras_metadata.pb"
     whole = metadata.read_bytes()
     metadata.write_bytes(b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\x7f")
@@ -440,7 +316,7 @@ def test_a_refused_import_writes_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["bad.npz"]
 
 
-def test_json_is_only_data(edited: Callable[..., Path]) -> None:
+def test_json_is_only_data(edited: Callable[..., Path], refusal: Callable[..., str]) -> None:
     """A metadata file that is no object, or has odd types in it, is refused as well."""
 
     def odd(metadata: dict[str, Any]) -> None:

@@ -149,16 +149,6 @@ def check(case: Case, function: Callable[..., Any], dtype: torch.dtype, device: 
 
 
 @pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Fills every uninitialised tensor with NaN, so that an element that no kernel writes is seen."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
-@pytest.fixture
 def precision() -> Iterator[Callable[[bool], None]]:
     """Sets whether float32 convolutions may use TF32, and sets it back."""
     before = torch.backends.cudnn.allow_tf32
