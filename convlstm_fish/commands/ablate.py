@@ -119,7 +119,8 @@ def plan_runs(factors: Sequence[Factor], out: Path, seeds: Sequence[int]) -> dic
 def run_command(run: Run, extra: Sequence[str]) -> list[str]:
     """The command line of one run: the ordinary ``fit`` of this package, then its test."""
     command = [sys.executable, "-m", "convlstm_fish", "fit", "--config", str(run.base)]
-    command += [f"--{name}={json.dumps(value)}" for name, value in run.overrides.items()]
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in run.overrides.items()}
+    command += [f"--{name}={text}" for name, text in texts.items()]
     command += [f"--seed_everything={run.seed}", f"--run_dir={run.folder}", "--test_after_fit=true", *extra]
     if any(run.folder.rglob("*.ckpt")):
         command.append("--ckpt_path=last")  # a run that was stopped goes on where it was

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from convlstm_fish.cli import main
 from convlstm_fish.commands import ablate, ablation_table
 from convlstm_fish.errors import UserError
 
@@ -132,6 +133,7 @@ def test_a_signal_stops_the_runs_and_says_how_to_go_on(tmp_path: Path, number: i
 import signal, sys
 from pathlib import Path
 from convlstm_fish.cli import main
+from convlstm_fish.cli import main
 from convlstm_fish.commands import ablate
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 run = "import sys, time; from pathlib import Path; Path('started').touch(); time.sleep(4); Path('left behind').touch()"
@@ -205,6 +207,17 @@ def test_command_is_the_ordinary_fit(tmp_path: Path) -> None:
     (tmp_path / "r" / "version_0").mkdir(parents=True)
     (tmp_path / "r" / "version_0" / "last.ckpt").touch()
     assert ablate.run_command(run, [])[-1] == "--ckpt_path=last"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_levels_say_what_they_mean(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for run in ablate.plan_runs([ablate.read_factor(path)], tmp_path, [0]).values():
+        arguments = ablate.run_command(run, ["--n_gpus=0", "--print_config"])
+        assert main(arguments[3:]) == 0
+        config = yaml.safe_load(capsys.readouterr().out)
+        for name, value in run.overrides.items():
+            group, key = name.split(".")
+            assert config[group].get("init_args", config[group])[key] == value
 
 
 @pytest.mark.parametrize(("runs", "quantile"), [(2, 12.706), (11, 2.228), (12, 2.201), (21, 2.086), (101, 1.984)])
