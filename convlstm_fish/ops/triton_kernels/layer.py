@@ -12,6 +12,7 @@ from torch import Tensor
 from convlstm_fish.ops.geometry import same_padding
 from convlstm_fish.ops.triton_kernels import tuning
 from convlstm_fish.ops.triton_kernels.common import pack_weights
+from convlstm_fish.ops.triton_kernels.launch import launch
 from convlstm_fish.ops.triton_kernels.tuning import round_channels
 
 
@@ -114,11 +115,10 @@ def pack(weight: Tensor, layer: Layer, rows: int, block: int, transposed: bool) 
     dtype = layer.dtype if weight.dim() > 1 else torch.float32
     packed = torch.empty(height, columns, dtype=dtype, device=weight.device)
     grid = (triton.cdiv(packed.numel(), 1024),)
-    pack_weights[grid](
-        weight, packed, columns, gates // 4, inputs, channels, taps, packed.numel(),
-        BC=block, TRANSPOSED=transposed,
-        PRECISION=layer.precision if weight.dim() > 1 else "ieee", BLOCK=1024,
-    )  # fmt: skip
+    args = (weight, packed, columns, gates // 4, inputs, channels, taps, packed.numel())
+    precision = layer.precision if weight.dim() > 1 else "ieee"
+    constants = {"BC": block, "TRANSPOSED": transposed, "PRECISION": precision, "BLOCK": 1024}
+    launch(pack_weights, grid, args, constants, num_warps=4)
     return packed
 
 

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from convlstm_fish.ops.triton_kernels.launch import launch
 from convlstm_fish.ops.triton_kernels.layer import can_shift, make_layer, pack, peephole_kind, tile_count
 from convlstm_fish.ops.triton_kernels.steps import backward_step, forward_step
 from convlstm_fish.ops.triton_kernels.sums import WeightSums, write_image_gradient
@@ -57,7 +58,12 @@ def conv_lstm_forward(
     w_h = pack(weight_hh, layer, tile.rows, tile.channels, False)
     packed_bias = None if bias is None else pack(bias, layer, 1, tile.channels, False)
     grid = (tile_count(layer.size, tile.pixels, tile.patch) * triton.cdiv(layer.hidden, tile.channels), clips)
-    constants = layer.constants()
+    constants = layer.constants() | {
+        "ldw": w_h.shape[1], "PEEPHOLE": peephole_kind(w_ci), "HAS_BIAS": bias is not None,
+        "HAS_MASK": mask is not None, "HAS_LENGTHS": lengths is not None, "SAVE_C": keep_c, "SAVE_GATES": keep_gates,
+        "ZERO_REST": keep_h, "BM": tile.pixels, "BC": tile.channels, "BK": tile.rows, "BKX": tile.rows_x,
+        "TW": tile.patch, "STAGES": tile.stages,
+    }  # fmt: skip
     factor = x if mask is None else mask  # a pointer that is only read with HAS_MASK
     for s in range(steps):
         h_in, h_out = h, h
@@ -68,16 +74,13 @@ def conv_lstm_forward(
         c_in = c
         if s == 0 and h_0 is not None and c_0 is not None:
             h_in, c_in, h_in_t = h_0, c_0, 0
-        forward_step[grid](
+        args = (
             x, h_in, h_out, c_in, c, cells, gates, w_x, w_h, packed_bias, w_ci, w_cf, w_co, factor, lengths,
             s, steps, x.stride(0), x.stride(1), h_in.stride(0), h_in_t, h.stride(0), h_out_t,
             steps * numbers, numbers, 4 * steps * numbers, 4 * numbers, numbers,
-            **constants, ldw=w_h.shape[1], PEEPHOLE=peephole_kind(w_ci),
-            HAS_STATE=s > 0 or h_0 is not None, HAS_BIAS=bias is not None, HAS_MASK=mask is not None,
-            HAS_LENGTHS=lengths is not None, SAVE_C=keep_c, SAVE_GATES=keep_gates, ZERO_REST=keep_h,
-            BM=tile.pixels, BC=tile.channels, BK=tile.rows, BKX=tile.rows_x,
-            TW=tile.patch, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
+        constants["HAS_STATE"] = s > 0 or h_0 is not None
+        launch(forward_step, grid, args, constants, tile.warps)
     if keep_h:
         return h, _last(h, lengths, reverse), c, cells, gates
     if lengths is None:
@@ -145,27 +148,29 @@ def _backward(
     tiles_per_image = tile_count(layer.size, tile.pixels, tile.patch, halo)
     dbias = None if bias is None else dc.new_zeros(clips * tiles_per_image, 4 * hidden)
     grid = (tiles_per_image * triton.cdiv(hidden, tile.channels), clips)
-    constants = layer.constants()
+    constants = layer.constants() | {
+        "ldw": 0 if w_h is None else w_h.shape[1], "ldw_back": w_back.shape[1],
+        "CP_GATES": round_channels(4 * hidden), "PEEPHOLE": peephole_kind(w_ci), "HAS_BIAS": bias is not None,
+        "HAS_MASK": mask is not None, "HAS_LENGTHS": lengths is not None, "HAS_DOUT": dout is not None,
+        "HAS_DH_N": dh_n is not None, "HAS_GATES": tiles.keep_gates, "BM": tile.pixels, "BC": tile.channels,
+        "BK": tile.rows, "BKX": tile.rows_x, "BKB": tile.rows_back, "TW": tile.patch, "HALO": halo,
+        "STAGES": tile.stages, "STAGES_BACK": tile.stages_back,
+    }  # fmt: skip
     factor = x if mask is None else mask  # a pointer that is only read with HAS_MASK
     waiting = 0
     for s in reversed(range(steps)):
         h_in, c_in, before_t = h, cells, numbers
         if s == 0 and h_0 is not None and c_0 is not None:
             h_in, c_in, before_t = h_0, c_0, 0
-        backward_step[grid](
+        args = (
             x, h_in, c_in, gates, dout, dh_n, da, dc, dpeephole, dbias,
             w_x, w_h, w_back, packed_bias, w_ci, w_cf, w_co, factor, lengths,
             s, steps, s % da.shape[1], (s + 1) % da.shape[1], x.stride(0), x.stride(1),
             h_in.stride(0), before_t, c_in.stride(0), before_t, 4 * steps * numbers, 4 * numbers,
             steps * numbers, numbers, da.stride(0), da.stride(1), numbers,
-            **constants, ldw=0 if w_h is None else w_h.shape[1], ldw_back=w_back.shape[1],
-            CP_GATES=round_channels(4 * hidden), PEEPHOLE=peephole_kind(w_ci),
-            HAS_STATE=s > 0 or h_0 is not None, HAS_BIAS=bias is not None, HAS_MASK=mask is not None,
-            HAS_LENGTHS=lengths is not None, HAS_DOUT=dout is not None, HAS_DH_N=dh_n is not None,
-            HAS_GATES=tiles.keep_gates,
-            BM=tile.pixels, BC=tile.channels, BK=tile.rows, BKX=tile.rows_x, BKB=tile.rows_back,
-            TW=tile.patch, HALO=halo, STAGES=tile.stages, STAGES_BACK=tile.stages_back, num_warps=tile.warps,
         )  # fmt: skip
+        constants["HAS_STATE"] = s > 0 or h_0 is not None
+        launch(backward_step, grid, args, constants, tile.warps)
         waiting += 1
         if waiting < chunk and s > 0:
             continue

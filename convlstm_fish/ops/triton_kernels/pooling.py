@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from convlstm_fish.ops.triton_kernels.launch import launch
+
 
 @triton.jit
 def _window(
@@ -77,9 +79,8 @@ def _pool(x: Tensor, size: int) -> Tensor:
     """x (frames, H, W, C) contiguous."""
     frames, height, width, channels = x.shape
     out = x.new_empty(frames, height // size, width // size, channels)
-    pool_forward[(frames * triton.cdiv(out[0].numel(), 1024),)](
-        x, out, H=height, W=width, C=channels, SIZE=size, BLOCK=1024
-    )
+    constants = {"H": height, "W": width, "C": channels, "SIZE": size, "BLOCK": 1024}
+    launch(pool_forward, (frames * triton.cdiv(out[0].numel(), 1024),), (x, out), constants, num_warps=4)
     return out
 
 
@@ -93,9 +94,9 @@ def _pool_gradient(x: Tensor, dout: Tensor, size: int) -> Tensor:
     frames, height, width, channels = x.shape
     dx = torch.empty_like(x)
     windows = triton.cdiv(height, size) * triton.cdiv(width, size) * channels
-    pool_backward[(frames * triton.cdiv(windows, 1024),)](
-        x, dout.contiguous(), dx, H=height, W=width, C=channels, SIZE=size, BLOCK=1024
-    )
+    constants = {"H": height, "W": width, "C": channels, "SIZE": size, "BLOCK": 1024}
+    args = (x, dout.contiguous(), dx)
+    launch(pool_backward, (frames * triton.cdiv(windows, 1024),), args, constants, num_warps=4)
     return dx
 
 

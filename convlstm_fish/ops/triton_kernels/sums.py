@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from convlstm_fish.ops.triton_kernels.gradients import image_gradient, weight_gradients
+from convlstm_fish.ops.triton_kernels.launch import launch
 from convlstm_fish.ops.triton_kernels.layer import Layer, can_shift, tile_count
 from convlstm_fish.ops.triton_kernels.tuning import Tile, round_channels
 
@@ -46,21 +47,21 @@ class WeightSums:
         """
         layer, tile = self.layer, self.tile
         items = self.tiles_per_image * layer.clips * steps
-        constants = layer.constants()
-        for name in ("ACT", "FAST"):
-            del constants[name]
-        weight_gradients[(self.groups, self.portions, self.column_blocks)](
+        args = (
             h, x if factor is None else factor, x, da, self.sums, lengths,
             first, layer.steps, da.shape[1], items, triton.cdiv(items, self.portions), int(with_h),
             self.sums.shape[1], h.stride(0), h_t,
             x.stride(0), x.stride(1), da.stride(0), da.stride(1), 0 if factor is None else factor.stride(0),
-            **constants, steps=steps, tiles=self.tiles_per_image, COLUMNS=4 * layer.hidden,
-            HAS_FACTOR=factor is not None, HAS_LENGTHS=lengths is not None, FRESH=self.fresh,
-            BLOCKS_H=self.blocks_h if self.groups == 1 else min(self.blocks_h, 1),
-            BLOCKS_X=self.blocks_x if self.groups == 1 else min(self.blocks_x, 1),
-            BM=tile.pixels, BK=tile.rows, BN=tile.columns, TW=tile.patch, STAGES=tile.stages,
-            num_warps=tile.warps,
         )  # fmt: skip
+        constants = layer.constants() | {
+            "steps": steps, "tiles": self.tiles_per_image, "COLUMNS": 4 * layer.hidden,
+            "HAS_FACTOR": factor is not None, "HAS_LENGTHS": lengths is not None, "FRESH": self.fresh,
+            "BLOCKS_H": self.blocks_h if self.groups == 1 else min(self.blocks_h, 1),
+            "BLOCKS_X": self.blocks_x if self.groups == 1 else min(self.blocks_x, 1),
+            "BM": tile.pixels, "BK": tile.rows, "BN": tile.columns, "TW": tile.patch, "STAGES": tile.stages,
+        }  # fmt: skip
+        del constants["ACT"], constants["FAST"]
+        launch(weight_gradients, (self.groups, self.portions, self.column_blocks), args, constants, tile.warps)
         self.fresh = False
 
     def results(self) -> list[Tensor]:
@@ -87,12 +88,15 @@ def write_image_gradient(
     halo = tile.halo if can_shift(kernel, geometry) else 0
     tiles = tile_count((height, width), tile.pixels, tile.patch, halo)
     grid = (tiles * triton.cdiv(channels, tile.channels), layer.clips, steps)
-    image_gradient[grid](
+    args = (
         da, packed, factor, out, lengths, first, layer.steps, da.shape[1], da.stride(0), da.stride(1),
         out.stride(0), out_t, 0 if factor is None else factor.stride(0),
-        H=layer.size[0], W=layer.size[1], HI=height, WI=width, ldw=packed.shape[1], C=channels,
-        CP_GATES=round_channels(4 * layer.hidden), GATES=4 * layer.hidden, KH=kernel[0],
-        KW=kernel[1], **geometry, HAS_FACTOR=factor is not None, HAS_LENGTHS=lengths is not None,
-        REVERSE=layer.reverse, PRECISION=layer.precision, BM=tile.pixels, BC=tile.channels, BK=tile.rows,
-        TW=tile.patch, HALO=halo, STAGES=tile.stages_back, num_warps=tile.warps,
     )  # fmt: skip
+    constants = {
+        "H": layer.size[0], "W": layer.size[1], "HI": height, "WI": width, "ldw": packed.shape[1], "C": channels,
+        "CP_GATES": round_channels(4 * layer.hidden), "GATES": 4 * layer.hidden, "KH": kernel[0], "KW": kernel[1],
+        **geometry, "HAS_FACTOR": factor is not None, "HAS_LENGTHS": lengths is not None, "REVERSE": layer.reverse,
+        "PRECISION": layer.precision, "BM": tile.pixels, "BC": tile.channels, "BK": tile.rows, "TW": tile.patch,
+        "HALO": halo, "STAGES": tile.stages_back,
+    }  # fmt: skip
+    launch(image_gradient, grid, args, constants, tile.warps)

@@ -1,0 +1,53 @@
+"""Launching a kernel again without asking Triton which of its compiled forms fits: most of what a launch costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.compiler import CompiledKernel
+
+_INT32 = 1 << 31
+# Forms that are remembered; each shape of the tensors makes a few. Past it all are asked for again.
+_MOST = 4096
+_forms: dict[tuple[Any, ...], CompiledKernel] = {}
+
+
+def _form(value: Any, specialised: bool) -> Any:
+    """What of an argument decides which compiled form it needs: at least as fine as Triton's own rule."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16
+    if specialised or value is None:
+        return value
+    return -_INT32 <= value < _INT32
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: Mapping[str, Any], num_warps: int
+) -> None:
+    """``kernel[grid](*args, **constants, num_warps=num_warps)``, sooner from the second time on.
+
+    Args:
+        kernel: a ``triton.jit`` function whose compile-time constants come last.
+        grid: programs in up to three dimensions.
+        args: the other arguments, all of them, in order.
+        constants: the compile-time constants by name.
+        num_warps: warps of a program.
+    """
+    values = tuple(constants[name] for name in kernel.arg_names[len(args) :])
+    # An interpreted kernel has no such list, and no compiled form either.
+    loose = getattr(kernel, "do_not_specialize", ())
+    form = tuple(_form(value, name not in loose) for name, value in zip(kernel.arg_names, args))
+    device = torch.cuda.current_device() if torch.cuda.is_available() else -1
+    key = (kernel.fn, device, num_warps, values, form)
+    compiled = _forms.get(key)
+    if compiled is not None:
+        compiled[(*grid, 1, 1)[:3]](*args, *values)
+        return
+    compiled = kernel[grid](*args, **constants, num_warps=num_warps)
+    if isinstance(compiled, CompiledKernel):
+        if len(_forms) >= _MOST:
+            _forms.clear()
+        _forms[key] = compiled
