@@ -77,6 +77,7 @@ _NOISE = (
     r"(?s).*JSONARGPARSE_DEPRECATION_WARNINGS.*",  # Lightning's calls, which jsonargparse is about to rename
     r"(?s).*instantiate_classes.*",
     r".*callbacks used to create the checkpoint need to be provided.*",
+    r".*The AccumulateGrad node's stream does not match.*",  # Lightning makes DDP in a stream of its own, on purpose
     r".*could not find the monitored key.*",  # a run that ended before its first validation has no best.ckpt
 )
 
@@ -137,8 +138,9 @@ class FishCLI(LightningCLI):
         parser.add_argument(
             "--cuda_graphs",
             type=bool,
-            default=False,
-            help="fit: on a GPU, replay forward and backward as CUDA graphs, which small batches gain by",
+            default=True,
+            help="fit: on a GPU, replay forward and backward as CUDA graphs, which small batches gain by; false for a "
+            "network of your own that waits for the GPU on its way",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -128,7 +128,7 @@ OWN = {
     "tensorboard": ("true", lambda c, cli: cli.short["tensorboard"] is True),
     "test_after_fit": ("true", lambda c, cli: cli.short["test_after_fit"] is True),
     "save_every_minutes": ("3", lambda c, cli: any(_minutes(b) == 3 for b in cli.trainer.checkpoint_callbacks)),
-    "cuda_graphs": ("true", lambda c, cli: any(isinstance(b, CudaGraphs) for b in cli.trainer.callbacks)),
+    "cuda_graphs": ("false", lambda c, cli: not any(isinstance(b, CudaGraphs) for b in cli.trainer.callbacks)),
     "seed_everything": ("5", lambda c, cli: cli.datamodule.seed == 5),
 }
 

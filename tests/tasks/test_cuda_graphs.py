@@ -111,7 +111,7 @@ def test_frame_prediction_with_scheduled_sampling_too(options: dict[str, Any]) -
         settings = QUIET | {"accelerator": "gpu", "devices": 1, "max_epochs": 1, "callbacks": callbacks}
         settings["limit_val_batches"] = 0
         loader: DataLoader[Any] = DataLoader(data, batch_size=None)  # type: ignore[arg-type]
-        pl.Trainer(**settings).fit(tasks[-1], loader)
+        pl.Trainer(**settings).fit(tasks[-1], loader, loader)
     assert look.used.count(True) == 9
     compare(*tasks)
 
@@ -139,4 +139,4 @@ def test_a_network_that_waits_for_the_gpu_is_told_in_one_line() -> None:
     # In a process of its own: CUDA is not itself again after a capture that failed.
     done = subprocess.run([sys.executable, "-c", WAITS], capture_output=True, text=True)
     assert done.stdout.count("\n") == 1, done.stdout + done.stderr
-    assert "train without --cuda_graphs" in done.stdout
+    assert "train with --cuda_graphs=false" in done.stdout

@@ -113,7 +113,7 @@ class GraphedForward:
         except RuntimeError as error:
             reason = str(error.__context__ or error).splitlines()[0]
             raise UserError(
-                f"the network cannot be captured as a CUDA graph; train without --cuda_graphs ({reason})"
+                f"the network cannot be captured as a CUDA graph; train with --cuda_graphs=false ({reason})"
             ) from error
         with torch.no_grad():
             for buffer, value in zip(self.network.buffers(), before):
