@@ -1,4 +1,4 @@
-"""The README's table of speed, from results/*.json, and its plot.
+"""The README's table of speed, from results/*.json, its plot, and the curve of the trained frame predictor.
 
 python tests/benchmarks/table.py
 """
@@ -49,6 +49,22 @@ def line(title: str, rows: dict[str, dict[str, float]]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def draw_curve() -> None:
+    """Validation error of the training that results/openstl_convlstm_s.json tells of, beside the published end."""
+    result = json.loads((RESULTS / "openstl_convlstm_s.json").read_text())
+    steps, errors = zip(*result["curve"]["val/mse"])
+    published = result["published_125000_steps"]["mse"]
+    figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    axis.plot(steps, errors, "o-", label="validation")
+    axis.plot([result["steps"]], [result["test"]["test/mse"]], "k*", markersize=10, label="test, at the end")
+    axis.axhline(published, color="tab:red", linestyle="--", label="published, after 125,000 steps")
+    axis.set_xlabel("training steps of 16 sequences")
+    axis.set_ylabel("squared error of a frame")
+    axis.set_ylim(0)
+    axis.legend()
+    figure.savefig(RESULTS / "openstl_convlstm_s.png", dpi=90)
+
+
 def main() -> None:
     found: dict[str, dict[str, Any]] = {}
     for name in ROWS:
@@ -73,6 +89,7 @@ def main() -> None:
         axis.remove()
     figure.suptitle("Sequences a second: as written (blue), as a CUDA graph (orange)", fontsize=9)
     figure.savefig(RESULTS / "speed.png", dpi=90)
+    draw_curve()
 
 
 if __name__ == "__main__":
