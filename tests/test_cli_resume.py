@@ -145,7 +145,6 @@ def test_resuming_keeps_the_settings_and_weights_start_anew(
 _TWO = ["--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.accelerator=cpu"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("to_all", [True, False])
 def test_two_processes_stop_together_and_go_on(config: str, tmp_path: Path, to_all: bool) -> None:
     command = [sys.executable, str(ROOT / "main.py"), "--config", config, "--batch_size=4", "--run_dir=two", *_TWO]

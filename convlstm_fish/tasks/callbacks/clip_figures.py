@@ -80,7 +80,10 @@ def _curves(writer: SummaryWriter, said: dict[str, Any], step: int) -> None:
     label = torch.as_tensor(said["label"])
     if not len(label) or label.min() == label.max():
         return  # with one class there is no curve
-    for tag, metric in (("val/roc", BinaryROC()), ("val/precision_recall", BinaryPrecisionRecallCurve())):
+    # They see the clips of every process already, and only the first process draws: it must not wait for the others.
+    alone: dict[str, Any] = {"sync_on_compute": False}
+    curves = {"val/roc": BinaryROC(**alone), "val/precision_recall": BinaryPrecisionRecallCurve(**alone)}
+    for tag, metric in curves.items():
         metric.update(torch.as_tensor(said["probability"]), label)
         figure = Figure(figsize=(4, 4), layout="constrained")
         axes = figure.add_subplot()
