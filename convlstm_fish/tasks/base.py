@@ -74,13 +74,22 @@ class Task(pl.LightningModule, ABC):
             require(name, value, value >= 0, "0 or more")
         require("lr_schedule", lr_schedule, lr_schedule in LR_SCHEDULES, f"one of {', '.join(LR_SCHEDULES)}")
 
+    def adam(self, kind: type[torch.optim.Adam]) -> torch.optim.Adam:
+        """Adam or AdamW with the task's hyper-parameters; on a GPU one that NonFiniteGuard need not wait for."""
+        h = self.hparams
+        # None where the weights are on a CPU: torch's choice.
+        fused = next(self.parameters()).is_cuda or None
+        optimizer = kind(
+            self.parameters(), lr=h["lr"], betas=h["betas"], eps=h["eps"], weight_decay=h["weight_decay"], fused=fused
+        )
+        # Else Lightning would refuse to clip gradients; with this a gradient scaler unscales them before the step.
+        optimizer._step_supports_amp_scaling = False
+        return optimizer
+
     def configure_optimizers(self) -> Any:
         """Adam with the task's hyper-parameters; a schedule only where one was asked for."""
         h = self.hparams
-        kind = torch.optim.AdamW if h["weight_decay"] else torch.optim.Adam
-        optimizer = kind(
-            self.parameters(), lr=h["lr"], betas=tuple(h["betas"]), eps=h["eps"], weight_decay=h["weight_decay"]
-        )
+        optimizer = self.adam(torch.optim.AdamW if h["weight_decay"] else torch.optim.Adam)
         if h["lr_schedule"] == "constant" and not h["warmup_steps"]:
             return optimizer
         total = int(self.trainer.estimated_stepping_batches) if h["lr_schedule"] != "constant" else 0

@@ -185,9 +185,7 @@ class FramePrediction(Task):
             factor = schedule_factor(h["lr_schedule"], h["warmup_steps"], total)
             scheduler: Any = LambdaLR(optimizer, factor)
         else:
-            optimizer = torch.optim.Adam(
-                self.parameters(), lr=h["lr"], betas=tuple(h["betas"]), eps=h["eps"], weight_decay=h["weight_decay"]
-            )
+            optimizer = self.adam(torch.optim.Adam)
             scheduler = OneCycle(optimizer, h["lr"], total_steps=total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

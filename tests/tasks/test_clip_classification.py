@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from convlstm_fish.errors import UserError
 from convlstm_fish.tasks import ClipClassification
 from convlstm_fish.tasks.base import schedule_factor
+from convlstm_fish.tasks.callbacks import NonFiniteError, NonFiniteGuard
 
 SMALL: dict[str, Any] = {"in_channels": 2, "hidden_channels": [3, 4]}
 
@@ -181,3 +182,24 @@ def test_optimizer_options_reach_the_optimizer(option: str, value: Any, seen: An
     mine = ClipClassification(**SMALL, **{option: value}).configure_optimizers()
     assert seen(mine) == value
     assert seen(plain) != value
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batches_seen", [5, 4], ids=["on its way", "in its last step"])
+def test_on_a_gpu_a_clip_that_is_not_finite_reaches_no_weight(batches_seen: int) -> None:
+    data = batches(30, 6)
+    data[3]["video"][2, 1] = float("nan")
+    tasks = []
+    options = {"accelerator": "gpu", "max_epochs": 1, "precision": "bf16-mixed", "gradient_clip_val": 1.0}
+    for limit in (3, batches_seen):
+        pl.seed_everything(1, verbose=False)
+        tasks.append(ClipClassification(**SMALL, lr=0.1))
+        run = trainer(**options, limit_train_batches=limit, limit_val_batches=0, callbacks=[NonFiniteGuard()])
+        if limit == 3:
+            run.fit(tasks[-1], loader(data), loader(data))
+            continue
+        with pytest.raises(NonFiniteError, match=r"step 3: the loss is not a finite number.*clips 36, 38, 40, 42, 44"):
+            run.fit(tasks[-1], loader(data), loader(data))
+    for ours, clean in zip(tasks[1].parameters(), tasks[0].parameters()):
+        assert torch.equal(ours, clean)
+    assert tasks[0].cuda().adam(torch.optim.Adam).param_groups[0]["fused"]

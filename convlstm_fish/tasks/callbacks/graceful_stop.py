@@ -12,6 +12,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from convlstm_fish.tasks.callbacks.late import Late
+
 _SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
 
 
@@ -23,7 +25,8 @@ class StopRequested(SystemExit):
 
 
 class GracefulStop(pl.Callback):
-    """On SIGTERM, SIGUSR1 or Ctrl-C: finish the step, save ``last.ckpt``, leave; all processes together.
+    """On SIGTERM, SIGUSR1 or Ctrl-C: finish the step, save ``last.ckpt``, leave; several processes after one more
+    step, together.
 
     The file lies beside those of the Trainer's first ModelCheckpoint; without one nothing is saved.
 
@@ -33,11 +36,12 @@ class GracefulStop(pl.Callback):
 
     def __init__(self) -> None:
         self._asked = 0
+        self._reduced: Late | None = None
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replace Lightning's handlers, which it has set just before."""
-        self._asked = 0
+        self._asked, self._reduced = 0, None
         if threading.current_thread() is not threading.main_thread():
             return  # Python delivers signals to the main thread only
         for name in _SIGNALS:
@@ -58,7 +62,10 @@ class GracefulStop(pl.Callback):
             return
         asked = self._asked
         if trainer.world_size > 1:
-            asked = int(trainer.strategy.reduce(torch.tensor(asked, device=pl_module.device), reduce_op="max"))
+            before, mine = self._reduced, torch.full((), asked, device=pl_module.device)
+            self._reduced = Late(trainer.strategy.reduce(mine, reduce_op="max"))
+            # Of the step before, so that nobody waits; it is the same in all processes.
+            asked = 0 if before is None else int(before.read())
         if not asked:
             return
         folder = getattr(trainer.checkpoint_callback, "dirpath", None)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from convlstm_fish.errors import UserError
+from convlstm_fish.tasks.callbacks.late import Late
 
 
 class NonFiniteError(UserError):
@@ -23,6 +24,9 @@ class NonFiniteGuard(pl.Callback):
     Under float16 with a gradient scaler, gradients overflow now and then; the scaler leaves out the step and scales
     down. Only ``max_skipped_steps`` such steps in a row are accepted.
 
+    With a fused optimizer of torch (``Adam(fused=True)``) the GPU itself leaves out a step that is not finite, and
+    the host, instead of waiting for the GPU in each step, is told before the next one.
+
     Args:
         max_skipped_steps: see above.
     """
@@ -34,6 +38,8 @@ class NonFiniteGuard(pl.Callback):
         self._skipped = 0
         self._batch: Any = None
         self._seen: list[tuple[Tensor, Any]] = []  # loss and clips of the batches since the last optimizer step
+        self._last: tuple[Late, list[tuple[Tensor, Any]], int] | None = None  # what was not looked at yet
+        self._optimizer: Any = None
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -48,33 +54,66 @@ class NonFiniteGuard(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Raise before the step if the loss or a gradient is not finite.
+        """Raise before the step if the loss or a gradient is not finite, or was in the step before.
 
         Raises:
             NonFiniteError: naming the step and the clips.
         """
+        self._look_back()
         losses = torch.stack([loss.float() for loss, _ in self._seen])
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         # max |g| is finite exactly if every gradient is, and cannot overflow as a sum of squares does.
         peaks = torch.stack([g.float() for g in torch._foreach_norm(gradients, float("inf"))]) if gradients else losses
-        fine = torch.stack([losses.isfinite().all(), peaks.isfinite().all()]).tolist()  # the one wait per step
+        finite = torch.stack([losses.isfinite().all(), peaks.isfinite().all()])
         seen, self._seen = self._seen, []
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        if not scaled and all(group.get("fused") for group in optimizer.param_groups):
+            # As a gradient scaler tells a fused optimizer, which then leaves weights and moments as they are.
+            self._optimizer = optimizer
+            self._optimizer.found_inf = 1.0 - finite.all().float()
+            self._last = Late(finite), seen, trainer.global_step
+            return
+        fine = finite.tolist()  # the one wait per step
         if all(fine):
             self._skipped = 0
             return
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         if fine[0] and scaled:
             self._skipped += 1
             if self._skipped <= self.max_skipped_steps:
                 return  # the scaler leaves this step out
+        self._refuse(fine, seen, trainer.global_step, f" {self._skipped} times in a row" if fine[0] and scaled else "")
+
+    def _look_back(self) -> None:
+        """Raise if the step before was not finite."""
+        if self._last is None:
+            return
+        (late, seen, step), self._last = self._last, None
+        fine = late.read().tolist()
+        if not all(fine):
+            self._refuse(fine, seen, step)
+
+    def _refuse(self, fine: list[bool], seen: list[tuple[Tensor, Any]], step: int, again: str = "") -> NoReturn:
         clips = [index for loss, index in seen if index is not None and (fine[0] or not bool(loss.isfinite()))]
         named = ", ".join(str(n) for index in clips for n in torch.as_tensor(index).flatten().tolist())
         what = "gradient" if fine[0] else "loss"
-        again = f" {self._skipped} times in a row" if fine[0] and scaled else ""
         raise NonFiniteError(
-            f"step {trainer.global_step}: the {what} is not a finite number{again}; nothing of it reached the weights"
+            f"step {step}: the {what} is not a finite number{again}; nothing of it reached the weights"
             + (f"; clips {named}" if named else "")
         )
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at the last step first."""
+        self._look_back()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at the last step."""
+        self._look_back()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """The optimizer is on its own again."""
+        if self._optimizer is not None:
+            del self._optimizer.found_inf
+            self._optimizer = None
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -82,8 +121,9 @@ class NonFiniteGuard(pl.Callback):
         """Refuse to save weights that are not finite.
 
         Raises:
-            NonFiniteError: naming the first such array.
+            NonFiniteError: naming the first such array, or the step before if that was not finite.
         """
+        self._look_back()
         for name, value in checkpoint["state_dict"].items():
             if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
                 raise NonFiniteError(f"step {trainer.global_step}: {name} is not finite, so no checkpoint is written")

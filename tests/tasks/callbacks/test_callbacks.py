@@ -34,9 +34,10 @@ from convlstm_fish.tasks.callbacks import (
 class Tiny(pl.LightningModule):
     """One linear layer with dropout; ``change`` may spoil the loss of a batch."""
 
-    def __init__(self, change: Callable[[Tensor, int], Tensor] | None = None) -> None:
+    def __init__(self, change: Callable[[Tensor, int], Tensor] | None = None, fused: bool = False) -> None:
         super().__init__()
         self.layer = nn.Linear(3, 1)
+        self.fused = fused
         self.change = change
         self.losses: list[float] = []
 
@@ -46,7 +47,7 @@ class Tiny(pl.LightningModule):
         return loss if self.change is None else self.change(loss, batch_idx)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=0.1)
+        return torch.optim.Adam(self.parameters(), lr=0.1, fused=self.fused)
 
 
 def data(batches: int = 8) -> DataLoader[Any]:
@@ -112,16 +113,18 @@ def nan_gradient(at: int) -> Callable[[Tensor, int], Tensor]:
     return lambda loss, batch: _NanGradient.apply(loss) if batch >= at else loss  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("spoil", [nan_loss(3), nan_gradient(3)])
-def test_nan_stops_before_the_weights_change(spoil: Callable[[Tensor, int], Tensor]) -> None:
+@pytest.mark.parametrize("batches", [8, 4], ids=["on its way", "in its last step"])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("spoil", [nan_loss(3), nan_gradient(3)], ids=["loss", "gradient"])
+def test_nan_stops_before_the_weights_change(spoil: Callable[[Tensor, int], Tensor], fused: bool, batches: int) -> None:
     torch.manual_seed(0)
-    module, clean = Tiny(spoil), Tiny()
+    module, clean = Tiny(spoil, fused), Tiny(fused=fused)
     clean.load_state_dict(module.state_dict())
     trainer(StepSeed(), limit_train_batches=3).fit(clean, data())
     with pytest.raises(
         NonFiniteError, match=r"step 3: the (loss|gradient) is not a finite number.*clips 30, 31, 32, 33"
     ):
-        trainer(StepSeed(), NonFiniteGuard()).fit(module, data())
+        trainer(StepSeed(), NonFiniteGuard(), limit_train_batches=batches).fit(module, data())
     assert torch.equal(module.layer.weight, clean.layer.weight)
 
 
