@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlstm_fish.data.modules.base import to_unit
+from convlstm_fish.data.modules.base import by_words, to_unit
 from convlstm_fish.data.order import augmentation_generator
 from convlstm_fish.errors import require
 
@@ -80,7 +80,8 @@ class Augmentation:
         """
         column = {name: numbers[:, k].view(-1, 1, 1, 1, 1) for k, name in enumerate(COLUMNS)}
         if self.flips != "none":
-            video = torch.where(column["flip_rows"] > 0, video.flip(-2), video)
+            words = by_words(video)  # rows keep their pixels in order
+            video = torch.where(column["flip_rows"] > 0, words.flip(-2), words).view(torch.uint8)
             video = torch.where(column["flip_columns"] > 0, video.flip(-1), video)
         if self.shift:
             video = _shift(_shift(video, column["shift_rows"], -2), column["shift_columns"], -1)

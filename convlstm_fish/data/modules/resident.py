@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convlstm_fish.data.modules.base import by_words
 from convlstm_fish.data.recording import Recording
 
 # Frames that are read and sent at a time while the recording is brought to the device.
@@ -48,5 +49,5 @@ class ResidentFrames:
     def clips(self, ends: Tensor, clip_frames: int, step_frames: int) -> Tensor:
         """The clips whose last frames are ``ends`` (N,), on the same device: uint8 (N, T, C, H, W)."""
         window = torch.arange(1 - clip_frames, 1, device=ends.device)
-        pixels = self.frames[ends[:, None] + window]
+        pixels = by_words(self.frames)[ends[:, None] + window].view(torch.uint8)
         return pixels.unflatten(1, (-1, step_frames))

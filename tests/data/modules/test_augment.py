@@ -11,9 +11,9 @@ from convlstm_fish.data.modules.augment import COLUMNS, Augmentation
 from convlstm_fish.errors import UserError
 
 
-def clips(count: int = 6) -> Tensor:
+def clips(count: int = 6, width: int = 12) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (count, 3, 2, 10, 12), dtype=torch.uint8, generator=generator)
+    return torch.randint(0, 256, (count, 3, 2, 10, width), dtype=torch.uint8, generator=generator)
 
 
 def batch(augmentation: Augmentation, epoch: int = 0, count: int = 6) -> tuple[Tensor, list[int]]:
@@ -25,8 +25,9 @@ def apply(augmentation: Augmentation, video: Tensor, numbers: Tensor, seeds: lis
     return augmentation.apply(video.clone(), numbers, seeds, torch.float32)
 
 
-def test_all_flips_are_the_published_four() -> None:
-    video = clips(1).expand(4, -1, -1, -1, -1)
+@pytest.mark.parametrize("width", [12, 16])  # 16: eight pixels are moved at a time
+def test_all_flips_are_the_published_four(width: int) -> None:
+    video = clips(1, width).expand(4, -1, -1, -1, -1)
     numbers, seeds = batch(Augmentation("all"), count=4)
     made = apply(Augmentation("all"), video, numbers, seeds)
     clip = video[0] / 255

@@ -12,13 +12,13 @@ from convlstm_fish.data.modules.resident import ResidentFrames
 from convlstm_fish.data.recording import Recording
 
 
-def batches(tank: Recording, pixels_on: str, split: str, **options: Any) -> list[dict[str, Any]]:
+def batches(tank: Recording, pixels_on: str, split: str, width: int = 16, **options: Any) -> list[dict[str, Any]]:
     data = FishClips(
         str(tank.path),
         batch_size=7,
         clip_frames=8,
         frames_per_step=2,
-        image_size=(11, 16),
+        image_size=(11, width),
         horizon_seconds=0.5,
         pixels_on=pixels_on,
         brightness=0.2,
@@ -31,9 +31,9 @@ def batches(tank: Recording, pixels_on: str, split: str, **options: Any) -> list
     return [data.on_after_batch_transfer(batch, 0) for batch in loader]
 
 
-@pytest.mark.parametrize("split", ["train", "test", "predict"])
-def test_device_and_host_give_the_same_batches(tank: Recording, split: str) -> None:
-    host, device = batches(tank, "host", split), batches(tank, "device", split)
+@pytest.mark.parametrize(("split", "width"), [("train", 16), ("test", 16), ("predict", 16), ("train", 15)])
+def test_device_and_host_give_the_same_batches(tank: Recording, split: str, width: int) -> None:
+    host, device = batches(tank, "host", split, width), batches(tank, "device", split, width)
     assert len(host) == len(device) > 1
     for ours, theirs in zip(device, host):
         assert set(ours) == set(theirs)
