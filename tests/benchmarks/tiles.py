@@ -43,6 +43,13 @@ def candidates(kernel: str, hidden: int, default: tuning.Tiles) -> Iterator[tuni
         return
     gates = 4 if kernel == "forward" or (kernel == "backward" and not default.keep_gates) else 1
     ahead = (1, 3, 4) if hidden <= 32 else (2, 3, 4)  # unrolled, a wide layer takes minutes to compile
+    if hidden <= 32:  # small programs: how many run side by side, and how their pixels lie, counts for more
+        for pixels, patch, warps, halo in itertools.product((64, 128, 256), (0, 8, 16, 32), (4, 8), (0, 1)):
+            if not halo or (kernel in ("backward", "image") and patch >= 16):
+                yield default._replace(**{kernel: tile._replace(pixels=pixels, patch=patch, warps=warps, halo=halo)})
+        for registers, stages, back in itertools.product((80, 96, 112, 128), (1, 3, 4), (1, 3, 4)):
+            changed = tile._replace(registers=registers, stages=stages, stages_back=back)
+            yield default._replace(**{kernel: changed})
     for pixels, channels, warps, stages in itertools.product((64, 128, 256), (16, 32, 64, 128), (4, 8), ahead):
         numbers = pixels * channels * gates // (warps * 32)
         if channels > max(hidden, 16) or not 8 <= numbers <= 128:

@@ -25,8 +25,9 @@ def _form(value: Any, specialised: bool) -> Any:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: Mapping[str, Any], num_warps: int
-) -> None:
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: Mapping[str, Any], num_warps: int,
+    registers: int = 0,
+) -> None:  # fmt: skip
     """``kernel[grid](*args, **constants, num_warps=num_warps)``, sooner from the second time on.
 
     Args:
@@ -35,18 +36,19 @@ def launch(
         args: the other arguments, all of them, in order.
         constants: the compile-time constants by name.
         num_warps: warps of a program.
+        registers: at most so many of a thread; 0 leaves it to the compiler.
     """
     values = tuple(constants[name] for name in kernel.arg_names[len(args) :])
     # An interpreted kernel has no such list, and no compiled form either.
     loose = getattr(kernel, "do_not_specialize", ())
     form = tuple(_form(value, name not in loose) for name, value in zip(kernel.arg_names, args))
     device = torch.cuda.current_device() if torch.cuda.is_available() else -1
-    key = (kernel.fn, device, num_warps, values, form)
+    key = (kernel.fn, device, num_warps, registers, values, form)
     compiled = _forms.get(key)
     if compiled is not None:
         compiled[(*grid, 1, 1)[:3]](*args, *values)
         return
-    compiled = kernel[grid](*args, **constants, num_warps=num_warps)
+    compiled = kernel[grid](*args, **constants, num_warps=num_warps, maxnreg=registers or None)
     if isinstance(compiled, CompiledKernel):
         if len(_forms) >= _MOST:
             _forms.clear()

@@ -80,7 +80,7 @@ def conv_lstm_forward(
             steps * numbers, numbers, 4 * steps * numbers, 4 * numbers, numbers,
         )  # fmt: skip
         constants["HAS_STATE"] = s > 0 or h_0 is not None
-        launch(forward_step, grid, args, constants, tile.warps)
+        launch(forward_step, grid, args, constants, tile.warps, tile.registers)
     if keep_h:
         return h, _last(h, lengths, reverse), c, cells, gates
     if lengths is None:
@@ -170,7 +170,7 @@ def _backward(
             steps * numbers, numbers, da.stride(0), da.stride(1), numbers,
         )  # fmt: skip
         constants["HAS_STATE"] = s > 0 or h_0 is not None
-        launch(backward_step, grid, args, constants, tile.warps)
+        launch(backward_step, grid, args, constants, tile.warps, tile.registers)
         waiting += 1
         if waiting < chunk and s > 0:
             continue

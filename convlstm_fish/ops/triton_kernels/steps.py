@@ -217,6 +217,7 @@ def backward_step(
         if HAS_STATE:
             c_before = tl.load(c_in_ptr + n * c_in_n + before * c_in_t + at, mask=exists, other=0.0)
             c_before = c_before.to(tl.float32)
+        dc = tl.load(dc_ptr + n * state_n + at, mask=exists, other=0.0)  # early: the gates take a while
         if HAS_GATES:
             kept = gates_ptr + n * gates_n + t * gates_t + pixel * (4 * C) + ch
             i = tl.load(kept, mask=exists, other=0.0).to(tl.float32)
@@ -238,7 +239,6 @@ def backward_step(
         squashed = tanh(c, FAST)
 
         da_o = dh * squashed * recurrent_slope(o, ACT)
-        dc = tl.load(dc_ptr + n * state_n + at, mask=exists, other=0.0)
         dc += dh * o * (1.0 - squashed * squashed)
         if PEEPHOLE > 0:
             dc += load_peephole(w_co_ptr, ch, pixel, exists, C, PEEPHOLE) * da_o

@@ -99,4 +99,4 @@ def write_image_gradient(
         "PRECISION": layer.precision, "BM": tile.pixels, "BC": tile.channels, "BK": tile.rows, "TW": tile.patch,
         "HALO": halo, "STAGES": tile.stages_back,
     }  # fmt: skip
-    launch(image_gradient, grid, args, constants, tile.warps)
+    launch(image_gradient, grid, args, constants, tile.warps, tile.registers)

@@ -20,7 +20,8 @@ class Tile(NamedTuple):
     ``pixels`` in patches ``patch`` wide (0: runs of pixels), ``channels`` at a time, and so many rows of each weight at
     a time: of the recurrent one, the input's, and the adjoint's. ``stages`` 1 reads through the L1 cache, more copy
     ahead into shared memory; ``stages_back`` is the adjoint's. With a ``halo`` of 1 the adjoint shifts its sums
-    instead of reading three taps.
+    instead of reading three taps. ``registers`` bounds those of a thread (0: the compiler's choice), so that more
+    programs run side by side.
     """
 
     pixels: int
@@ -33,6 +34,7 @@ class Tile(NamedTuple):
     stages: int = 1
     stages_back: int = 1
     halo: int = 0
+    registers: int = 0
 
 
 class WeightTile(NamedTuple):
@@ -82,7 +84,7 @@ def choose(channels: int, hidden: int, dtype: torch.dtype) -> Tiles:
     rows, rows_x, rows_back = _rows(rounded, 64), _rows(rounded_x, 64), _rows(rounded_gates, 64)
     if hidden <= 16:
         forward = Tile(128, 16, rows, rows_x, rows_back, 0, 4, 1)
-        backward = Tile(64, 16, rows, rows_x, rows_back, 8, 4, 1, 3)
+        backward = Tile(64, 16, rows, rows_x, rows_back, 8, 4, 3, 3, registers=96)
     elif hidden <= 32:
         forward = Tile(128, 32, rows, rows_x, rows_back, 0, 8, 4)
         backward = Tile(64, 32, rows, rows_x, rows_back, 0, 4, 4, 4)
