@@ -137,10 +137,10 @@ class FishCLI(LightningCLI):
         )
         parser.add_argument(
             "--cuda_graphs",
-            type=bool,
-            default=True,
-            help="fit: on a GPU, replay forward and backward as CUDA graphs, which small batches gain by; false for a "
-            "network of your own that waits for the GPU on its way",
+            type=bool | None,
+            default=None,
+            help="fit: on a GPU, replay forward and backward as CUDA graphs, which small batches gain by; by default "
+            "for clip classifiers and the stacked frame predictor",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -265,7 +265,8 @@ class FishCLI(LightningCLI):
         callbacks += [StepSeed(seed), NonFiniteGuard(), GracefulStop(), TrainingMonitor(), EpochLine()]
         if isinstance(self.model, ClipClassification):
             callbacks.append(ClipFigures())
-        if self.short["cuda_graphs"]:
+        asked = self.short["cuda_graphs"]
+        if getattr(getattr(self.model, "network", None), "replays", False) if asked is None else asked:
             callbacks.append(CudaGraphs())
         if trainer["enable_checkpointing"] is not False:
             plain: dict[str, Any] = {"enable_version_counter": False, "auto_insert_metric_name": False}
