@@ -1,4 +1,4 @@
-"""The README's table of speed, from results/*.json, its plot, and the curve of the trained frame predictor.
+"""The README's table of speed, from results/*.json, its plot, and the curves of what was trained.
 
 python tests/benchmarks/table.py
 """
@@ -22,10 +22,10 @@ ROWS = {
     "frame_prediction_holmdk_16_bfloat16": "encoder-decoder, training, batch 16",
     "frame_prediction_openstl_16_bfloat16": "ConvLSTM-S, training, batch 16",
     "frame_prediction_openstl_128_bfloat16": "ConvLSTM-S, training, batch 128",
-    "training_step_4_float32_cpu": "2 CPU cores: training, batch 4, float32",
-    "training_step_4_bfloat16_cpu": "2 CPU cores: training, batch 4, bfloat16",
-    "inference_4_float32_cpu": "2 CPU cores: inference, batch 4, float32",
-    "inference_4_bfloat16_cpu": "2 CPU cores: inference, batch 4, bfloat16",
+    "training_step_4_float32_cpu": "visionary-serenity, training, batch 4, float32",
+    "training_step_4_bfloat16_cpu": "visionary-serenity, training, batch 4, bfloat16",
+    "inference_4_float32_cpu": "visionary-serenity, inference, batch 4, float32",
+    "inference_4_bfloat16_cpu": "visionary-serenity, inference, batch 4, bfloat16",
 }
 
 
@@ -33,10 +33,10 @@ def rate(row: dict[str, float], graphed: bool) -> float:
     return max(row["per_second"], row.get("graph_per_second", 0.0) if graphed else 0.0)
 
 
-def line(title: str, rows: dict[str, dict[str, float]]) -> str:
+def line(title: str, device: str, rows: dict[str, dict[str, float]]) -> str:
     """One row of the table: both rates as they come and as CUDA graphs, and the memory."""
     others = {name: row for name, row in rows.items() if name != OURS}
-    cells = [title]
+    cells = [title, next((name for name in ("H100", "H200") if name in device), "2 CPU cores")]
     for graphed in (False, True):
         if graphed and "graph_per_second" not in rows[OURS]:
             cells.append("")
@@ -49,7 +49,19 @@ def line(title: str, rows: dict[str, dict[str, float]]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def draw_curve() -> None:
+def draw_backends() -> None:
+    """Validation loss of one training on either backend, results/backends.json."""
+    figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    for name, row in json.loads((RESULTS / "backends.json").read_text())["rows"].items():
+        steps, losses = zip(*row["curve"]["val/loss"])
+        axis.plot(steps, losses, label=f"backend {name}, test AUC {row['test_auc']:.3f}")
+    axis.set_xlabel("training step")
+    axis.set_ylabel("validation loss")
+    axis.legend()
+    figure.savefig(RESULTS / "backends.png", dpi=90)
+
+
+def draw_predictor() -> None:
     """Validation error of the training that results/openstl_convlstm_s.json tells of, beside the published end."""
     result = json.loads((RESULTS / "openstl_convlstm_s.json").read_text())
     steps, errors = zip(*result["curve"]["val/mse"])
@@ -71,10 +83,10 @@ def main() -> None:
         path = RESULTS / f"{name}.json"
         if path.is_file():
             found[name] = json.loads(path.read_text())
-    print("| | sequences a second, ours : best other | both as CUDA graphs | peak GiB, ours : concat cell |")
-    print("| --- | --- | --- | --- |")
+    print("| | on | sequences a second, ours : best other | both as CUDA graphs | peak GiB, ours : concat cell |")
+    print("| --- | --- | --- | --- | --- |")
     for name, result in found.items():
-        print(line(ROWS[name], result["rows"]))
+        print(line(ROWS[name], result["machine"]["device"], result["rows"]))
 
     figure, axes = plt.subplots(2, -(-len(found) // 2), figsize=(14, 7), layout="constrained")
     for axis, (name, result) in zip(axes.flat, found.items()):
@@ -89,7 +101,8 @@ def main() -> None:
         axis.remove()
     figure.suptitle("Sequences a second: as written (blue), as a CUDA graph (orange)", fontsize=9)
     figure.savefig(RESULTS / "speed.png", dpi=90)
-    draw_curve()
+    draw_predictor()
+    draw_backends()
 
 
 if __name__ == "__main__":
