@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser
+from pytorch_lightning import LightningDataModule
 from pytorch_lightning.cli import LightningArgumentParser
 
 from convlstm_fish.errors import UserError
@@ -30,6 +31,8 @@ FIT_ONLY = ("--weights", "--test_after_fit", "--save_every_minutes", "--cuda_gra
 DEFAULT_CONFIG = "quickstart"
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
+_LISTS = re.compile(r"--(model|data)\.")
+_NUMBERS = re.compile(r"^(--\S+?=)?(-?[\d.]+(?:e-?\d+)?(?:,-?[\d.]+(?:e-?\d+)?)+)$")
 _VERSION = re.compile(r"version_(\d+)$")
 
 
@@ -218,8 +221,12 @@ def _take(args: Iterable[str], *names: str) -> tuple[list[str], list[str]]:
 
 
 def _spell_out(args: Sequence[str]) -> list[str]:
-    """A switch without a value gets ``=true``."""
+    """A switch without a value gets ``=true``; several numbers for the model or the data are a list."""
     spelled = []
+    args = [
+        _NUMBERS.sub(r"\1[\2]", token) if _LISTS.match(token if "=" in token else before) else token
+        for before, token in zip(["", *args], args)
+    ]
     for position, token in enumerate(args):
         alone = position + 1 == len(args) or args[position + 1].startswith("-")
         spelled.append(f"{token}=true" if token in SWITCHES and alone else token)
@@ -274,6 +281,13 @@ def normalise(args: Sequence[str]) -> Request:
         configs = fallback if run is None else [str(run / CONFIG)]
         if run is not None and option(rest, "--run_dir") is None:
             run_dir = run.parent
+        if source and run is None and not names_classes and not informs:
+            clips = load_checkpoint(source).get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY)
+            if not isinstance(clips, dict) or not clips:
+                raise UserError(
+                    f"{source}: neither a {CONFIG} beside it nor the file tells which clips it is for; give --config"
+                )
+            configs = [*configs, json.dumps({"data": {"init_args": clips}})]
     arguments = [part for path in configs for part in ("--config", path)]
     if checkpoint is not None and (known := hyper_parameters(checkpoint, load_checkpoint(checkpoint))):
         arguments += ["--config", json.dumps({"model": {"init_args": known}})]

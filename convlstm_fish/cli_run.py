@@ -44,6 +44,7 @@ from convlstm_fish.tasks.callbacks import (
     EpochLine,
     GracefulStop,
     NonFiniteGuard,
+    SignalStop,
     StepSeed,
     TrainingMonitor,
 )
@@ -261,7 +262,7 @@ class FishCLI(LightningCLI):
         elif wants_bar:
             trainer["enable_progress_bar"] = False  # a log file gets a line an epoch instead
         if self.subcommand != "fit":
-            return callbacks
+            return [*callbacks, SignalStop()]
         callbacks += [StepSeed(seed), NonFiniteGuard(), GracefulStop(), TrainingMonitor(), EpochLine()]
         if isinstance(self.model, ClipClassification):
             callbacks.append(ClipFigures())

@@ -158,6 +158,23 @@ def test_a_run_folder_brings_its_config_and_its_hyper_parameters(tmp_path: Path)
     assert named.run_dir == Path("runs/quickstart")
 
 
+def test_a_checkpoint_without_a_config_beside_it_needs_one(tmp_path: Path) -> None:
+    alone = str(save(tmp_path / "alone.ckpt"))
+    for args in (["test", "--ckpt_path", alone], ["fit", "--ckpt_path", alone], ["fit", "--weights", alone]):
+        with pytest.raises(UserError, match=r"alone.ckpt: neither a config.yaml beside .* give --config"):
+            normalise(args)
+    assert normalise(["test", "--ckpt_path", alone, "--config", "fish_serenity"]).checkpoint == Path(alone)
+    told = str(save(tmp_path / "told.ckpt", datamodule_hyper_parameters={"clip_frames": 120}))
+    clips = json.dumps({"data": {"init_args": {"clip_frames": 120}}})
+    assert normalise(["test", "--ckpt_path", told]).arguments[2:4] == ["--config", clips]
+
+
+def test_numbers_for_the_model_or_the_data_are_a_list() -> None:
+    args = ["--data.splits", "0.6,0.2,0.2", "--model.hidden_channels=8,16", "--run_dir=1,2", "--trainer.devices", "0,1"]
+    wanted = ["--data.splits", "[0.6,0.2,0.2]", "--model.hidden_channels=[8,16]", *args[3:]]
+    assert normalise(["fit", *args]).arguments[-len(args) :] == wanted
+
+
 def test_messages_of_the_parser_in_one_line() -> None:
     union = """Parser key "trainer.precision":
   Does not validate against any of the Union subtypes

@@ -142,7 +142,7 @@ def test_resuming_keeps_the_settings_and_weights_start_anew(
     assert main(["test", "--config", config, "--ckpt_path", "bare.ckpt"]) == 0
 
 
-_TWO = ["--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.accelerator=cpu"]
+_TWO = ["--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.accelerator=cpu", "--data.num_workers=1"]
 
 
 @pytest.mark.parametrize("to_all", [True, False])

@@ -77,7 +77,8 @@ def save_as_checkpoint(imported: KerasImport, out: str | Path, class_weights: li
     """Write an imported model as a checkpoint of :class:`~convlstm_fish.tasks.ClipClassification`.
 
     Its hyper-parameters are the whole shape of the network, which no config may change, and what else the Keras file
-    tells; a config or the defaults supply the others.
+    tells; a config or the defaults supply the others. What the file tells of the clips lies beside them, for runs
+    without a config.
 
     Args:
         imported: from :func:`~convlstm_fish.interop.keras.import_keras`.
@@ -102,7 +103,12 @@ def save_as_checkpoint(imported: KerasImport, out: str | Path, class_weights: li
     task = ClipClassification(**told)
     task.network.load_state_dict(imported.state_dict)
 
+    class Clips(pl.Callback):
+        def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+            checkpoint[pl.LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY] = clip_settings(imported.input_shape)
+
     trainer = pl.Trainer(
+        callbacks=[Clips()],
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
@@ -124,6 +130,21 @@ def save_as_checkpoint(imported: KerasImport, out: str | Path, class_weights: li
     for name in set(task.hparams) - set(told) - shape:
         del task.hparams[name]
     trainer.save_checkpoint(out, weights_only=False)
+
+
+def clip_settings(input_shape: tuple[int | None, ...]) -> dict[str, Any]:
+    """The options of :class:`~convlstm_fish.data.modules.FishClips` that give clips (T, C, H, W); None is left open."""
+    steps, channels, height, width = input_shape
+    told: dict[str, Any] = {}
+    if channels is not None:
+        told["input_form"] = "single_channel" if channels == 1 else "time_channels"
+        if channels > 1:
+            told["frames_per_step"] = channels
+        if steps is not None:
+            told["clip_frames"] = steps * channels
+    if height is not None and width is not None:
+        told["image_size"] = [height, width]
+    return told
 
 
 def _one_or_each(values: list[Any] | None) -> Any:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from convlstm_fish.cli import main
+from convlstm_fish.commands.import_keras import clip_settings
 from convlstm_fish.data.recording import Recording
 from convlstm_fish.data.simulate import simulate
 from convlstm_fish.interop.keras import import_keras
@@ -100,6 +101,14 @@ def test_checkpoint_is_an_ordinary_one(checkpoint: Path, shared: Path) -> None:
         assert int(state["step"]) == 179152
         assert torch.equal(state["exp_avg"], expected.optimizer.moments[name][0]), name
         assert torch.equal(state["exp_avg_sq"], expected.optimizer.moments[name][1]), name
+
+
+def test_it_tells_of_its_clips(checkpoint: Path) -> None:
+    told = torch.load(checkpoint, weights_only=True)["datamodule_hyper_parameters"]
+    published = {"input_form": "time_channels", "frames_per_step": 4, "clip_frames": 120, "image_size": [120, 160]}
+    assert told == published
+    assert clip_settings((None, 1, 20, None)) == {"input_form": "single_channel"}
+    assert clip_settings((7, 1, 20, 30)) == {"input_form": "single_channel", "clip_frames": 7, "image_size": [20, 30]}
 
 
 def test_predict_and_test_go_on_from_it(checkpoint: Path, tank: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
@@ -54,7 +56,34 @@ def collate(items: list[Batch]) -> Batch:
     return {**default_collate(items), **seeds}
 
 
-class _TrainLoader(DataLoader[Batch]):
+_STOPS = {getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)}
+
+
+def _leave_the_group(worker: int) -> None:
+    """In a loader process: a signal to the whole group must not kill what the parent needs to end in order."""
+    if not hasattr(signal, "pthread_sigmask"):
+        return  # nor has this system such signals
+    os.setpgid(0, 0)
+    for number in _STOPS:
+        signal.signal(number, signal.SIG_IGN)  # also what has come while it was held back
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+
+
+class _Loader(DataLoader[Batch]):
+    """A loader whose processes hear of no signal, not even while they start."""
+
+    def __iter__(self) -> Any:
+        if not self.num_workers or not hasattr(signal, "pthread_sigmask"):
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _TrainLoader(_Loader):
     """The training loader; its position is the DataModule's.
 
     Lightning warns, wrongly here, that a run cannot be resumed within an epoch unless its loader has these methods.
@@ -182,12 +211,16 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
                 "Trainer: use_distributed_sampler must be False, this DataModule divides the samples itself"
             )
         samples = self._split(split)
+        # The threads of several processes' talk may hold locks just when a loader process is forked, for good.
+        apart = self.num_workers > 0 and self._world() > 1
         common: dict[str, Any] = {
             "dataset": _KeyedDataset(samples),
             "num_workers": self.num_workers,
             "pin_memory": self._on_cuda(),
             "persistent_workers": self.num_workers > 0,
             "collate_fn": collate,
+            "worker_init_fn": _leave_the_group,
+            "multiprocessing_context": "spawn" if apart else None,
             # Without its own generator every epoch would draw from the global one, and resuming would shift it.
             "generator": torch.Generator().manual_seed(self.seed),
         }
@@ -197,10 +230,10 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
             return _TrainLoader(batch_sampler=self._train_order(len(samples)), **common)
         sampler = EvaluationOrder(len(samples), self._rank(), self._world())
         if split == "predict":  # here Lightning takes the sampler over and drops a batch sampler
-            return DataLoader(sampler=sampler, batch_size=self.batch_size, **common)
+            return _Loader(sampler=sampler, batch_size=self.batch_size, **common)
         # and here, to overfit a few batches, it would replace a sampler that is not torch's own
         batches = BatchSampler(sampler, self.batch_size, drop_last=False)
-        return DataLoader(batch_sampler=batches, **common)
+        return _Loader(batch_sampler=batches, **common)
 
     def _train_order(self, size: int) -> RunOrder:
         order = RunOrder(

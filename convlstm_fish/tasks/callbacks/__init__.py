@@ -3,7 +3,7 @@
 from convlstm_fish.tasks.callbacks.clip_figures import ClipFigures
 from convlstm_fish.tasks.callbacks.cuda_graphs import CudaGraphs
 from convlstm_fish.tasks.callbacks.frame_grids import FrameGrids
-from convlstm_fish.tasks.callbacks.graceful_stop import GracefulStop, StopRequested
+from convlstm_fish.tasks.callbacks.graceful_stop import GracefulStop, SignalStop, StopRequested
 from convlstm_fish.tasks.callbacks.monitor import EpochLine, TrainingMonitor
 from convlstm_fish.tasks.callbacks.non_finite_guard import NonFiniteError, NonFiniteGuard
 from convlstm_fish.tasks.callbacks.step_seed import StepSeed
@@ -16,6 +16,7 @@ __all__ = [
     "GracefulStop",
     "NonFiniteError",
     "NonFiniteGuard",
+    "SignalStop",
     "StepSeed",
     "StopRequested",
     "TrainingMonitor",

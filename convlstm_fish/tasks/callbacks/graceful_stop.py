@@ -79,9 +79,44 @@ class GracefulStop(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put back the handlers that were there before."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
+        _put_back(self._previous)
+
+
+class SignalStop(pl.Callback):
+    """On SIGTERM, SIGUSR1 or Ctrl-C: validate, test or predict ends at once, and says so.
+
+    Lightning's own handling ends a test with exit code 0, and a prediction not at all.
+    """
+
+    def __init__(self) -> None:
+        self._rank_zero = True
+        self._previous: dict[int, Any] = {}
+
+    def _listen(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._rank_zero = trainer.is_global_zero
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python delivers signals to the main thread only
+        for name in _SIGNALS:
+            if hasattr(signal, name):
+                number = getattr(signal, name)
+                self._previous[number] = signal.signal(number, self._stop)
+
+    on_validation_start = on_test_start = on_predict_start = _listen
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self._rank_zero:
+            print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
+        raise StopRequested(128 + number if self._rank_zero else 0)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Put back the handlers that were there before."""
+        _put_back(self._previous)
+
+
+def _put_back(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    handlers.clear()
 
 
 def _tell(trainer: pl.Trainer, line: str) -> None:

@@ -25,6 +25,7 @@ from convlstm_fish.tasks.callbacks import (
     GracefulStop,
     NonFiniteError,
     NonFiniteGuard,
+    SignalStop,
     StepSeed,
     StopRequested,
     TrainingMonitor,
@@ -199,6 +200,26 @@ def test_a_stop_waits_for_accumulated_gradients(tmp_path: Path) -> None:
         trainer(GracefulStop(), SignalAt(signal.SIGTERM, 0), saver, accumulate_grad_batches=4).fit(module, data())
     assert len(module.losses) == 4
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 1
+
+
+class SignalInBatch(pl.Callback):
+    """Sends this process a signal in the first batch that is not of training."""
+
+    def _send(self, *args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _send
+
+
+@pytest.mark.parametrize("method", ["validate", "test", "predict"])
+def test_a_signal_ends_what_is_not_training(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    task = ClipClassification(in_channels=2, hidden_channels=[2])
+    with pytest.raises(StopRequested) as stop:
+        getattr(trainer(SignalStop(), SignalInBatch()), method)(task, clips(3))
+    assert stop.value.code == 143
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped by SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_second_ctrl_c_interrupts_at_once() -> None:
