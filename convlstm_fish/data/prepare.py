@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -311,9 +312,13 @@ def describe(recording: Recording) -> list[str]:
         )
         if not all(5 <= rate <= 30 for _, rate in rates):
             auto = labels.auto_threshold(recording.motion, clip - 1, ahead)
-            lines.append(
-                "motion grows with the number and size of the fish and with the frame interval; --threshold auto "
-                f"would take {auto:.3g}, where as many windows are bursts as in the published recording"
-            )
+            if not math.isclose(auto, c, rel_tol=1e-3):
+                lines.append(
+                    "motion grows with the number and size of the fish and with the frame interval; --threshold auto "
+                    f"would take {auto:.3g}, where as many windows are bursts as in the published recording"
+                )
+    same = [name for name, rate in rates if rate in (0, 100) and name != "train"]
+    if same:
+        lines.append(f"all labels of {' and of '.join(same)} are the same: nothing can be scored there")
     short = clips.too_short(recording.name, recording.splits, len(recording), clip, ahead, recording.fps)
     return [*lines, short] if short else lines

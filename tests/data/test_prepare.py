@@ -146,8 +146,10 @@ def test_auto_threshold(film: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"clip_seconds": 0.5, "horizon_seconds": 0.3, "splits": (0.6, 0.2, 0.2)}
     made = prepare(film, tmp_path / "a", threshold="auto", **options, **SMALL)
     assert made.label_rule["c"] == pytest.approx(labels.auto_threshold(labels.motion(made.frames), 9, 6))
+    assert not any("--threshold auto would take" in line for line in describe(made))
     high = prepare(film, tmp_path / "b", threshold=0.5, **options, **SMALL)
     assert any("--threshold auto would take" in line for line in describe(high))
+    assert any("all labels of validation and of test are the same" in line for line in describe(high))
 
 
 def test_frame_rate(film: Path, tmp_path: Path) -> None:
