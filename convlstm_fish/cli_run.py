@@ -261,8 +261,9 @@ class FishCLI(LightningCLI):
             callbacks.append(RichProgressBar())
         elif wants_bar:
             trainer["enable_progress_bar"] = False  # a log file gets a line an epoch instead
+        callbacks.append(SignalStop())
         if self.subcommand != "fit":
-            return [*callbacks, SignalStop()]
+            return callbacks
         callbacks += [StepSeed(seed), NonFiniteGuard(), GracefulStop(), TrainingMonitor(), EpochLine()]
         if isinstance(self.model, ClipClassification):
             callbacks.append(ClipFigures())

@@ -6,11 +6,13 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.trainer.states import TrainerFn
 
 from convlstm_fish.tasks.callbacks.late import Late
 
@@ -42,12 +44,7 @@ class GracefulStop(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replace Lightning's handlers, which it has set just before."""
         self._asked, self._reduced = 0, None
-        if threading.current_thread() is not threading.main_thread():
-            return  # Python delivers signals to the main thread only
-        for name in _SIGNALS:
-            if hasattr(signal, name):
-                number = getattr(signal, name)
-                self._previous[number] = signal.signal(number, self._ask)
+        self._previous = _listen(self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._asked:
@@ -83,7 +80,7 @@ class GracefulStop(pl.Callback):
 
 
 class SignalStop(pl.Callback):
-    """On SIGTERM, SIGUSR1 or Ctrl-C: validate, test or predict ends at once, and says so.
+    """On SIGTERM, SIGUSR1 or Ctrl-C: validate, test or predict, also a test after training, ends at once and says so.
 
     Lightning's own handling ends a test with exit code 0, and a prediction not at all.
     """
@@ -92,16 +89,13 @@ class SignalStop(pl.Callback):
         self._rank_zero = True
         self._previous: dict[int, Any] = {}
 
-    def _listen(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            return  # the validations of a training are GracefulStop's
         self._rank_zero = trainer.is_global_zero
-        if threading.current_thread() is not threading.main_thread():
-            return  # Python delivers signals to the main thread only
-        for name in _SIGNALS:
-            if hasattr(signal, name):
-                number = getattr(signal, name)
-                self._previous[number] = signal.signal(number, self._stop)
+        self._previous = _listen(self._stop)
 
-    on_validation_start = on_test_start = on_predict_start = _listen
+    on_validation_start = on_test_start = on_predict_start = _start
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self._rank_zero:
@@ -111,6 +105,14 @@ class SignalStop(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put back the handlers that were there before."""
         _put_back(self._previous)
+
+
+def _listen(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Have the signals that stop a run handled; the handlers that were there before."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}  # Python delivers signals to the main thread only
+    numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
+    return {number: signal.signal(number, handler) for number in numbers}
 
 
 def _put_back(handlers: dict[int, Any]) -> None:
