@@ -88,7 +88,7 @@ class _Kept(NamedTuple):
     """What the backward pass needs: (T, N, ...) channels last."""
 
     patches: Tensor  # x and h of the step before, padded, side by side
-    gates: Tensor  # (T, 4, N, H', W', C_h)
+    gates: Tensor  # (T, N, H', W', 4, C_h)
     cells: Tensor  # c of the step
     squashed: Tensor  # tanh of it
     weight: Tensor
@@ -105,6 +105,15 @@ def _empty(*shape: int, dtype: torch.dtype, zero: bool = False) -> Tensor:
     raw = torch.from_numpy((np.zeros if zero else np.empty)(count + _ALIGNMENT, np.uint8))
     start = -raw.data_ptr() % _ALIGNMENT
     return raw[start : start + count].view(dtype).view(shape)
+
+
+def _with_g_twice(weight: Tensor) -> Tensor:
+    """With the rows of g doubled, which rounds nothing: tanh(z) is 2 sigmoid(2z) - 1, and torch's sigmoid is several
+    times as fast as its tanh."""
+    hidden = weight.shape[0] // 4
+    weight = weight.clone()
+    weight[2 * hidden : 3 * hidden] *= 2
+    return weight
 
 
 def _image(rows: Tensor) -> Tensor:
@@ -134,13 +143,16 @@ def _forward(
     x_place = _inside(size, recipe.where.pads)
     h_place = _inside(out, recurrent_pads(weight_hh))
     weight = torch.cat([weight_ih, weight_hh], dim=1).contiguous(memory_format=torch.channels_last)
+    twice = [w if w is None else _with_g_twice(w) for w in (weight, bias)]
+    minus_one = torch.tensor(-1.0, dtype=wide)
     kept_steps = steps if keep else 1
     patches = _empty(kept_steps, clips, *padded, channels + hidden, dtype=dtype, zero=True)
-    gates = _empty(kept_steps, 4, clips, *out, hidden, dtype=wide)
+    gates = _empty(kept_steps, clips, *out, 4, hidden, dtype=wide)
     cells = _empty(kept_steps, clips, *out, hidden, dtype=wide)
     squashed = _empty(kept_steps, clips, *out, hidden, dtype=wide)
     output = _empty(clips, steps, *out, hidden, dtype=dtype) if recipe.return_sequences else None
-    product = _empty(clips, *out, hidden, dtype=wide)
+    product = _empty(clips, *out, hidden, dtype=dtype)
+    wide_product = product if dtype == wide else _empty(clips, *out, hidden, dtype=wide)
     h, c = _rows(h_0), _rows(c_0).clone(memory_format=torch.contiguous_format)
     mask = None if mask is None else _rows(mask)
     for t in recipe.order(steps):
@@ -148,20 +160,24 @@ def _forward(
         patch = patches[slot]
         patch[x_place][..., :channels].copy_(_rows(x[:, t]))
         patch[h_place][..., channels:].copy_(h if mask is None else h * mask)
-        z = _rows(F.conv2d(_image(patch), weight, bias))
-        i, f, g, o = gates[slot].unbind(0)
-        for gate, part in zip((i, f, g, o), z.unflatten(3, (4, hidden)).unbind(3)):
-            gate.copy_(part)
-        for gate in (gates[slot, :2], o):
-            _ACTIVATE[recipe.activation](gate)
-        g.tanh_()
+        z = _rows(F.conv2d(_image(patch), *twice))
+        every = z.unflatten(3, (4, hidden))
+        if keep or dtype != wide:
+            every = gates[slot].copy_(every)
+        i, f, g, o = every.unbind(3)
+        if recipe.activation == "sigmoid":
+            every.sigmoid_()
+        else:
+            for gate in (every[..., :2, :], o):
+                _ACTIVATE[recipe.activation](gate)
+            g.sigmoid_()
+        torch.add(minus_one, g, alpha=2.0, out=g)
         c = torch.mul(f, c, out=cells[slot]) if keep else c.mul_(f)
         c.addcmul_(i, g)
-        torch.tanh(c, out=squashed[slot])
-        torch.mul(o, squashed[slot], out=product)
-        h = product if dtype == wide else product.to(dtype)
-        if output is not None:
-            output[:, t] = h
+        a = torch.add(c, c, out=squashed[slot]).sigmoid_()
+        torch.add(minus_one, a, alpha=2.0, out=a)
+        h = product if output is None else output[:, t]
+        h = torch.mul(o, a, out=h) if dtype == wide else h.copy_(torch.mul(o, a, out=wide_product))
     kept = _Kept(patches, gates, cells, squashed, weight) if keep else None
     return output, h.clone(), c.clone(), kept
 
@@ -239,7 +255,7 @@ def _gradients(
     steps = recipe.order(x.shape[1])
     for k in range(len(steps) - 1, -1, -1):
         t = steps[k]
-        i, f, g, o = kept.gates[t].unbind(0)
+        i, f, g, o = kept.gates[t].unbind(3)
         a = kept.squashed[t]
         c_before = kept.cells[steps[k - 1]] if k else cells_0
         if d_output is not None:
