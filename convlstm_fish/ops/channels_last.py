@@ -143,7 +143,7 @@ def _forward(
     x_place = _inside(size, recipe.where.pads)
     h_place = _inside(out, recurrent_pads(weight_hh))
     weight = torch.cat([weight_ih, weight_hh], dim=1).contiguous(memory_format=torch.channels_last)
-    twice = [w if w is None else _with_g_twice(w) for w in (weight, bias)]
+    weight_twice, bias_twice = _with_g_twice(weight), None if bias is None else _with_g_twice(bias)
     minus_one = torch.tensor(-1.0, dtype=wide)
     kept_steps = steps if keep else 1
     patches = _empty(kept_steps, clips, *padded, channels + hidden, dtype=dtype, zero=True)
@@ -160,7 +160,7 @@ def _forward(
         patch = patches[slot]
         patch[x_place][..., :channels].copy_(_rows(x[:, t]))
         patch[h_place][..., channels:].copy_(h if mask is None else h * mask)
-        z = _rows(F.conv2d(_image(patch), *twice))
+        z = _rows(F.conv2d(_image(patch), weight_twice, bias_twice))
         every = z.unflatten(3, (4, hidden))
         if keep or dtype != wide:
             every = gates[slot].copy_(every)
