@@ -275,6 +275,7 @@ def normalise(args: Sequence[str]) -> Request:
     if asked is None and subcommand != "fit" and not informs:
         asked = "best"
     checkpoint = find_checkpoint(asked, run_dir, subcommand) if asked else None
+    saved = load_checkpoint(checkpoint) if checkpoint else {}
     if not configs:
         source = checkpoint or option(rest, "--weights")
         run = run_of(source) if source else None
@@ -282,14 +283,14 @@ def normalise(args: Sequence[str]) -> Request:
         if run is not None and option(rest, "--run_dir") is None:
             run_dir = run.parent
         if source and run is None and not names_classes and not informs:
-            clips = load_checkpoint(source).get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY)
+            clips = (saved or load_checkpoint(source)).get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY)
             if not isinstance(clips, dict) or not clips:
                 raise UserError(
                     f"{source}: neither a {CONFIG} beside it nor the file tells which clips it is for; give --config"
                 )
             configs = [*configs, json.dumps({"data": {"init_args": clips}})]
     arguments = [part for path in configs for part in ("--config", path)]
-    if checkpoint is not None and (known := hyper_parameters(checkpoint, load_checkpoint(checkpoint))):
+    if checkpoint is not None and (known := hyper_parameters(checkpoint, saved)):
         arguments += ["--config", json.dumps({"model": {"init_args": known}})]
     return Request(subcommand, arguments + rest, run_dir, checkpoint)
 

@@ -39,11 +39,11 @@ def run(args: argparse.Namespace) -> None:
 
     path = export_keras(network, out, args.clip_shape)
     print(f"{path}: {sum(value.numel() for value in network.parameters()):,} weights")
+    activation = network.layers[0].cells[0].recurrent_activation  # type: ignore[union-attr, index]
     if path.suffix == ".h5":
         print("to load them: convlstm_fish.interop.keras_export.build_keras_model(network).load_weights(path)")
-        activation = network.layers[0].cells[0].recurrent_activation  # type: ignore[union-attr, index]
         print(f"import-keras, which weights alone do not tell, needs --recurrent_activation {activation}")
-    elif network.layers[0].cells[0].recurrent_activation == "hard_sigmoid":  # type: ignore[union-attr, index]
+    elif activation == "hard_sigmoid":
         print(
             "Keras 3 has no such hard sigmoid: import convlstm_fish.interop.keras_export before keras.saving.load_model"
         )

@@ -80,7 +80,12 @@ class Task(pl.LightningModule, ABC):
         # None where the weights are on a CPU: torch's choice.
         fused = next(self.parameters()).is_cuda or None
         optimizer = kind(
-            self.parameters(), lr=h["lr"], betas=h["betas"], eps=h["eps"], weight_decay=h["weight_decay"], fused=fused
+            self.parameters(),
+            lr=h["lr"],
+            betas=tuple(h["betas"]),
+            eps=h["eps"],
+            weight_decay=h["weight_decay"],
+            fused=fused,
         )
         # Else Lightning would refuse to clip gradients; with this a gradient scaler unscales them before the step.
         optimizer._step_supports_amp_scaling = False
