@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from convlstm_fish.ops import ACTIVATIONS, BACKENDS, conv_lstm
+from convlstm_fish.ops import ACTIVATIONS, BACKENDS, conv_lstm, unroll
 from convlstm_fish.ops.equations import (
     RECURRENT_ACTIVATIONS,
     Norm,
@@ -215,21 +215,25 @@ class ConvLSTMCell(nn.Module):
         **options: Any,
     ) -> tuple[Tensor | None, State]:
         """All steps of (N, T, C, H, W); ``options`` are those of :func:`convlstm_fish.ops.conv_lstm`."""
-        return conv_lstm(
-            input,
-            hx,
-            self.weight_ih,
-            self.weight_hh,
-            self.bias,
-            self.peepholes,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            recurrent_activation=self.recurrent_activation,
-            backend=self.backend,
-            norm=self.norms,
-            **options,
-        )
+        options = self._options() | options
+        return conv_lstm(input, hx, self.weight_ih, self.weight_hh, self.bias, self.peepholes, **options)
+
+    def unrolled(self) -> Callable[[Tensor, State | None], State]:
+        """What the cell does, for the steps of one forward pass: ``step = cell.unrolled(); state = step(x, state)``.
+
+        The same values as of calling the cell, sooner on a GPU; see :func:`convlstm_fish.ops.unroll`. x is batched.
+        """
+        return unroll(self.weight_ih, self.weight_hh, self.bias, self.peepholes, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "recurrent_activation": self.recurrent_activation,
+            "backend": self.backend,
+            "norm": self.norms,
+        }
 
     def forward(self, x: Tensor, hx: State | None = None) -> State:
         """One step; see the class."""

@@ -86,11 +86,12 @@ class EncoderForecaster(FrameNetwork):
         truth = self._teacher(video, steps, future, teacher)
         x = frames[:, -1]
         logits: list[Tensor] = []
+        unrolled = [cell.unrolled() for cell in self.forecaster]  # type: ignore[operator]
         for step in range(steps):
             if step:
                 x = fed_back(self.to_frames(logits[-1]), step - 1, truth, teacher)
-            for layer, cell in enumerate(self.forecaster):
-                states[layer] = cell(x, states[layer])
+            for layer, step_on in enumerate(unrolled):
+                states[layer] = step_on(x, states[layer])
                 x = states[layer][0]
             logits.append(self.head(torch.cat([h for h, _ in states], dim=1)))
         return self._from_patches(torch.stack(logits, dim=1))

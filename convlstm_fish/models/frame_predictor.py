@@ -87,9 +87,10 @@ class FramePredictor(FrameNetwork):
             x = h if last else sequence
         states: list[tuple[Tensor, Tensor] | None] = [None] * len(self.decoder)
         outputs = []
+        unrolled = [cell.unrolled() for cell in self.decoder]  # type: ignore[operator]
         for _ in range(steps):
-            for layer, cell in enumerate(self.decoder):
-                states[layer] = cell(x, states[layer])
+            for layer, step_on in enumerate(unrolled):
+                states[layer] = step_on(x, states[layer])
                 x = states[layer][0]  # type: ignore[index]
             outputs.append(x)
         logits = self.head(torch.stack(outputs, dim=2)).transpose(1, 2)  # Conv3d wants (N, C, T, H, W)

@@ -89,10 +89,11 @@ class StackedPredictor(FrameNetwork):
             logits = list(context.unbind(1))
         else:
             logits = [self.head(states[-1][0])]
+        unrolled = [cell.unrolled() for cell in self.recurrent]  # type: ignore[operator]
         for step in range(steps - 1):
             x = fed_back(self.to_frames(logits[-1]), step, truth, teacher)
-            for layer, cell in enumerate(self.recurrent):
-                states[layer] = cell(x, states[layer])
+            for layer, step_on in enumerate(unrolled):
+                states[layer] = step_on(x, states[layer])
                 x = states[layer][0]
             logits.append(self.head(x))
         return self._from_patches(torch.stack(logits, dim=1))

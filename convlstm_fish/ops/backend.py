@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -131,6 +131,64 @@ def conv_lstm(
         _said.add(reason)
         _log.warning("the ConvLSTM runs on the reference backend, not on the Triton kernel: %s", reason)
     return conv_lstm_reference(*args, **kwargs)
+
+
+def unroll(
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None = None,
+    peephole: Peephole | None = None,
+    *,
+    backend: str = "auto",
+    recurrent_activation: str = "sigmoid",
+    norm: Norm | None = None,
+    **options: Any,
+) -> Callable[[Tensor, State | None], State]:
+    """:func:`conv_lstm` a step at a time, for an input that depends on the state before.
+
+    On a GPU the steps share what the weights need: they are laid out for the kernels once, and their gradients are
+    added up in one launch, after the steps' own backward passes. Elsewhere it is the same as a call a step.
+
+    Args:
+        weight_ih, weight_hh, bias, peephole, backend, recurrent_activation, norm: see :func:`conv_lstm`.
+        options: stride, padding and dilation.
+
+    Returns:
+        ``step(x, hx)``: (h_1, c_1) from x (N, C, *spatial) and (h_0, c_0), or None for zeros. It is for one pass: once
+        the weights have changed it raises a RuntimeError.
+
+    Example:
+        >>> step = unroll(torch.rand(32, 1, 3, 3), torch.rand(32, 8, 3, 3))
+        >>> state = step(torch.rand(2, 1, 16, 16), None)
+        >>> step(torch.rand(2, 1, 16, 16), state)[0].shape
+        torch.Size([2, 8, 16, 16])
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    weights = (weight_ih, weight_hh, bias, peephole)
+    options["recurrent_activation"] = recurrent_activation
+
+    def plain(x: Tensor, hx: State | None) -> State:
+        one = x.unsqueeze(1)
+        return conv_lstm(one, hx, *weights, norm=norm, backend=backend, return_sequences=False, **options)[1]
+
+    if backend == "reference" or torch.compiler.is_compiling() or exporting():
+        return plain
+    fused: Callable[[Tensor, State], State] | None = None
+
+    def step(x: Tensor, hx: State | None) -> State:
+        nonlocal fused
+        if hx is None or (backend == "auto" and x.device.type != "cuda"):
+            return plain(x, hx)
+        if triton_unsupported(x.unsqueeze(1), hx, *weights, norm=norm, **options) is not None:
+            return plain(x, hx)
+        if fused is None:
+            from convlstm_fish.ops.triton_kernels import UnrollTriton
+
+            fused = UnrollTriton(*weights, **options)
+        return fused(x, hx)
+
+    return step
 
 
 def max_pool(frames: Tensor, size: int, *, backend: str = "auto") -> Tensor:

@@ -46,9 +46,17 @@ def candidates(kernel: str, hidden: int, default: tuning.Tiles) -> Iterator[tuni
     if hidden <= 32:  # small programs: how many run side by side, and how their pixels lie, counts for more
         for pixels, patch, warps, halo in itertools.product((64, 128, 256), (0, 8, 16, 32), (4, 8), (0, 1)):
             if not halo or (kernel in ("backward", "image") and patch >= 16):
-                yield default._replace(**{kernel: tile._replace(pixels=pixels, patch=patch, warps=warps, halo=halo)})
+                changed = tile._replace(pixels=pixels, patch=patch, warps=warps, halo=halo, held=0)
+                yield default._replace(**{kernel: changed})
+                if kernel == "image" or pixels < 16 * warps or pixels * 2 * max(hidden, 16) // (warps * 16) > 64:
+                    continue
+                for held in range(2, 7):
+                    registers = min(255, 65536 // (held * warps * 32) // 8 * 8)
+                    changed = changed._replace(held=held, registers=registers, stages=1, stages_back=1)
+                    if registers >= 80:
+                        yield default._replace(**{kernel: changed})
         for registers, stages, back in itertools.product((80, 96, 112, 128), (1, 3, 4), (1, 3, 4)):
-            changed = tile._replace(registers=registers, stages=stages, stages_back=back)
+            changed = tile._replace(registers=registers, stages=stages, stages_back=back, held=0)
             yield default._replace(**{kernel: changed})
     for pixels, channels, warps, stages in itertools.product((64, 128, 256), (16, 32, 64, 128), (4, 8), ahead):
         numbers = pixels * channels * gates // (warps * 32)

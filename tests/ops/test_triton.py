@@ -17,10 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from convlstm_fish.ops import conv_lstm, conv_lstm_reference, geometry
+from convlstm_fish.ops import conv_lstm, conv_lstm_reference, geometry, unroll
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
+from convlstm_fish.ops.triton_kernels.tuning import Tile
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, started by another test")
 
@@ -193,6 +195,111 @@ def test_kernel_gives_the_reference_and_its_gradients(
         return conv_lstm(*args, **options, backend="triton")
 
     check(case, function, kind, "cuda", TOLERANCE[dtype])
+
+
+OTHER_TILES = Tile(32, 16, 16, 16, 32, 0, 4, 1, held=2), Tile(32, 16, 16, 16, 32, 16, 4, 3, 1, halo=1)
+
+
+@interpreted
+def test_interpreter_with_tiles_of_the_16_bit_kernels(
+    poisoned: None, precision: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from convlstm_fish.ops.triton_kernels import conv_lstm_triton, tuning
+
+    chosen = tuning.choose
+
+    def choose(*args: Any) -> tuning.Tiles:
+        forward, backward = OTHER_TILES
+        return chosen(*args)._replace(forward=forward, backward=backward, image=backward)
+
+    monkeypatch.setattr(tuning, "choose", choose)
+    precision(False)
+    case = Case(2, 3, 4, 6, 19, 8, bias=False, peephole="channel")
+    check(case, conv_lstm_triton, torch.float32, "cpu", TOLERANCE["float32"])
+
+
+def unrolled(
+    device: str, dtype: torch.dtype, case: Case, tensors: dict[str, Any], feed_back: bool, backend: str
+) -> dict[str, Tensor]:
+    """Outputs and gradients of steps whose input depends on the state before, with random cotangents on all of them.
+
+    Without ``feed_back`` it does not: in 16 bits the addition would round by as much as the kernel may be off.
+    """
+    cast = {k: v.to(device, dtype, copy=True).requires_grad_() for k, v in tensors["arguments"].items()}
+    peephole = tuple(cast[k] for k in ("w_ci", "w_cf", "w_co")) if case.peephole else None
+    parameters = (cast["weight_ih"], cast["weight_hh"], cast.get("bias"), peephole)
+    step = unroll(*parameters, backend=backend, **case.options)  # type: ignore[arg-type]
+    state, total, results = (cast["h_0"], cast["c_0"]), 0.0, {}
+    for t in range(case.steps):
+        x = cast["x"][:, t]
+        state = step(x + 0.1 * state[0].mean(1, keepdim=True) if feed_back else x, state)
+        results[f"h_{t + 1}"] = state[0]
+        total = total + (state[0].double() * tensors["cotangents"]["output"][:, t].to(device)).sum()
+    results["c_n"] = state[1]
+    total = total + (state[1].double() * tensors["cotangents"]["c_n"].to(device)).sum()
+    names = list(cast)
+    gradients = torch.autograd.grad(total, [cast[name] for name in names])  # type: ignore[arg-type]
+    return results | {f"d {name}": gradient for name, gradient in zip(names, gradients)}
+
+
+def check_unrolled(device: str, dtype: torch.dtype, case: Case, tolerance: float) -> None:
+    """Compares the steps with the float64 reference's."""
+    tensors = make(case)
+    for name, value in tensors["arguments"].items():
+        tensors["arguments"][name] = value.to(dtype).double()
+    truth = unrolled(device, torch.float64, case, tensors, dtype.itemsize > 2, "reference")
+    found = unrolled(device, dtype, case, tensors, dtype.itemsize > 2, "triton")
+    errors = {name: relative_error(found[name], truth[name]) for name in truth}
+    wrong = {name: error for name, error in errors.items() if not error < tolerance}
+    assert not wrong, f"relative errors over {tolerance}: {wrong}"
+
+
+UNROLLED = {
+    "plain": Case(2, 3, 3, 5, 4),
+    "one": Case(1, 1, 3, 5, 4, bias=False),
+    "pixel": Case(1, 2, 3, 5, 4, 6, (2, 3), (4, 2), peephole="pixel"),
+    "kept-gates": Case(1, 3, 3, 5, 4, 64, peephole="channel"),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("name", UNROLLED)
+def test_unrolled_in_the_interpreter(name: str, poisoned: None, precision: Callable[[bool], None]) -> None:
+    precision(False)
+    check_unrolled("cpu", torch.float32, UNROLLED[name], TOLERANCE["float32"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", UNROLLED)
+def test_unrolled(name: str, dtype: str, poisoned: None, precision: Callable[[bool], None]) -> None:
+    precision(dtype == "tf32")
+    kind = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+    check_unrolled("cuda", kind, UNROLLED[name], TOLERANCE[dtype])
+
+
+@interpreted
+def test_unrolled_passes_stand_alone(precision: Callable[[bool], None]) -> None:
+    precision(False)
+    a = {k: v.float().requires_grad_() for k, v in make(UNROLLED["plain"])["arguments"].items()}
+    step = unroll(a["weight_ih"], a["weight_hh"], backend="triton")
+    state = (a["h_0"], a["c_0"])
+    for t in range(2):
+        state = step(a["x"][:, t], state)
+    total = state[0].square().sum()
+    weights = [a["weight_ih"], a["weight_hh"]]
+    torch.autograd.grad(total, a["x"], retain_graph=True)  # leaves the weights' part of the pass undone
+    first = torch.autograd.grad(total, weights, retain_graph=True)
+    again = torch.autograd.grad(total, weights)
+    for one, other in zip(first, again):
+        assert torch.equal(one, other)
+    with torch.no_grad():
+        a["weight_hh"].mul_(2)
+    with pytest.raises(RuntimeError, match="weights have changed"):
+        step(a["x"][:, 0], state)
+    with torch.no_grad():
+        quiet = unroll(a["weight_ih"], a["weight_hh"], backend="triton")(a["x"][:, 0], state)[0]
+    assert not quiet.requires_grad
 
 
 def check_pool(device: str, dtype: torch.dtype, height: int, width: int, size: int) -> None:

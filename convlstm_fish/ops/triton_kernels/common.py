@@ -144,11 +144,37 @@ def load_patches(
 
 
 @triton.jit
+def split_parts(z, BM: tl.constexpr, BC: tl.constexpr):
+    """The four (BM, BC) parts of a product whose columns :func:`pack_weights` ordered: the gates i, f, g, o.
+
+    In that order one thread holds the four parts of a channel, so that nothing moves between threads here.
+    """
+    z = tl.permute(tl.reshape(z, (BM, 2, 2, BC)), (0, 3, 1, 2))
+    even, odd = tl.split(z)
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def hold_weight(
+    weight, columns, ldw, BLOCKS: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """All blocks of BK rows of weight[:, columns], for a program that multiplies many tiles with them."""
+    at = weight + tl.arange(0, BK)[:, None] * ldw + columns[None, :]
+    blocks = ()
+    for j in tl.static_range(BLOCKS):
+        blocks = blocks + (tl.load(at + j * BK * ldw),)  # noqa: RUF005
+    return blocks
+
+
+@triton.jit
 def load_operands(
-    FIRST: tl.constexpr, COUNT: tl.constexpr, image, factor, at, ldw, y, x, valid, H: tl.constexpr, W: tl.constexpr,
-    C: tl.constexpr, CP: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    FIRST: tl.constexpr, COUNT: tl.constexpr, image, factor, held, at, ldw, y, x, valid,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, DY: tl.constexpr, DX: tl.constexpr,
-    TRANSPOSED: tl.constexpr, HAS_FACTOR: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, HAS_FACTOR: tl.constexpr, HELD: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Blocks FIRST .. FIRST + COUNT - 1 of the patches and of the weight, as two tuples."""
     patches = ()
@@ -159,41 +185,43 @@ def load_operands(
             TRANSPOSED, HAS_FACTOR, BK, PRECISION,
         )  # fmt: skip
         patches = patches + (a,)  # noqa: RUF005
-        weights = weights + (tl.load(at + (FIRST + j) * BK * ldw),)  # noqa: RUF005
+        weights = weights + (held[FIRST + j] if HELD else tl.load(at + (FIRST + j) * BK * ldw),)  # noqa: RUF005
     return patches, weights
 
 
 @triton.jit
 def convolve(
-    acc, BLOCKS: tl.constexpr, image, factor, weight, columns, ldw, y, x, valid, H: tl.constexpr, W: tl.constexpr,
-    C: tl.constexpr, CP: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    acc, BLOCKS: tl.constexpr, image, factor, held, weight, columns, ldw, y, x, valid,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, DY: tl.constexpr, DX: tl.constexpr,
-    TRANSPOSED: tl.constexpr, HAS_FACTOR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    TRANSPOSED: tl.constexpr, HAS_FACTOR: tl.constexpr, HELD: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + patches(image [* factor]) @ weight[:, columns], over BLOCKS blocks of BK rows.
 
     With STAGES > 1 the blocks are copied ahead into shared memory, past the L1 cache. With 1 the loop is unrolled, so
     that a tap's geometry is known when it is compiled, and the blocks come through the cache a few ahead in registers:
-    better where few channels make the arithmetic of addresses, not the product, the work.
+    better where few channels make the arithmetic of addresses, not the product, the work. HELD (with 1): the weight's
+    blocks are at hand.
     """
     at = weight + tl.arange(0, BK)[:, None] * ldw + columns[None, :]
     if STAGES == 1:
         AHEAD: tl.constexpr = 3
         a, b = load_operands(
-            0, min(AHEAD, BLOCKS), image, factor, at, ldw, y, x, valid, H, W, C, CP, KH, KW, SY, SX, PY, PX, DY, DX,
-            TRANSPOSED, HAS_FACTOR, BK, PRECISION,
+            0, min(AHEAD, BLOCKS), image, factor, held, at, ldw, y, x, valid, H, W, C, CP, KH, KW, SY, SX, PY, PX,
+            DY, DX, TRANSPOSED, HAS_FACTOR, HELD, BK, PRECISION,
         )  # fmt: skip
         for first in tl.static_range(0, BLOCKS, AHEAD):
             a_next, b_next = load_operands(
-                first + AHEAD, max(0, min(AHEAD, BLOCKS - first - AHEAD)), image, factor, at, ldw, y, x, valid, H, W,
-                C, CP, KH, KW, SY, SX, PY, PX, DY, DX, TRANSPOSED, HAS_FACTOR, BK, PRECISION,
+                first + AHEAD, max(0, min(AHEAD, BLOCKS - first - AHEAD)), image, factor, held, at, ldw, y, x, valid,
+                H, W, C, CP, KH, KW, SY, SX, PY, PX, DY, DX, TRANSPOSED, HAS_FACTOR, HELD, BK, PRECISION,
             )  # fmt: skip
             for j in tl.static_range(min(AHEAD, BLOCKS - first)):
                 acc = tl.dot(a[j], b[j], acc, input_precision=PRECISION)
             a = a_next
             b = b_next
     else:
+        tl.static_assert(not HELD)
         for kb in tl.range(0, BLOCKS, num_stages=STAGES):
             a = load_patches(
                 kb * BK, image, factor, y, x, valid, H, W, C, CP, KH, KW, SY, SX, PY, PX, DY, DX,
@@ -204,23 +232,18 @@ def convolve(
 
 
 @triton.jit
-def adjoint_row(
-    ky, first, left, middle, right, image, weight, columns, ldw, y, col, inside, H: tl.constexpr, W: tl.constexpr,
+def load_row(
+    block, image, y, col, inside, H: tl.constexpr, W: tl.constexpr,
     C: tl.constexpr, CP: tl.constexpr, PY: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds channels first .. first + BK - 1 of the image's row of tap ky to the sums of the row's three taps."""
-    ch = first + tl.arange(0, BK)
-    row = y + PY - ky
+    """Block ``block`` of BK channels, counted over the rows of taps, of the pixels' column of the image."""
+    per_tap: tl.constexpr = CP // BK
+    row = y + PY - block // per_tap
+    ch = (block % per_tap) * BK + tl.arange(0, BK)
     mask = (inside & (row.to(tl.uint32) < H))[:, None]
-    if C != CP:
-        mask = mask & (ch < C)[None, :]
+    mask = mask & (ch < C)[None, :] if C != CP else tl.broadcast_to(mask, (mask.shape[0], BK))
     a = tl.load(image + ((row * W + col) * C)[:, None] + ch[None, :], mask=mask, other=0.0)
-    a = round_operand(a, PRECISION)
-    at = weight + (ky * (3 * CP) + ch)[:, None] * ldw + columns[None, :]
-    left = tl.dot(a, tl.load(at), left, input_precision=PRECISION)
-    middle = tl.dot(a, tl.load(at + CP * ldw), middle, input_precision=PRECISION)
-    right = tl.dot(a, tl.load(at + 2 * CP * ldw), right, input_precision=PRECISION)
-    return left, middle, right
+    return round_operand(a, PRECISION)
 
 
 @triton.jit
@@ -231,27 +254,26 @@ def convolve_adjoint_3(
 ):  # fmt: skip
     """The adjoint of a convolution of stride 1 whose kernel is 3 wide, on a tile with a halo of 1.
 
-    Each row of pixels is read once for its three taps, whose sums are then shifted by a pixel: a third of the reads,
-    which is what the time goes into where the image has four times the channels of the result.
+    Each row of pixels is read once for its three taps, which lie side by side in the weight's columns (and a fourth
+    of zeros), and their sums are then shifted by a pixel: a third of the reads, which is what the time goes into where
+    the image has four times the channels of the result.
     """
-    per_tap: tl.constexpr = CP // BK
+    BLOCKS: tl.constexpr = KH * CP // BK
+    at = weight + tl.arange(0, BK)[:, None] * ldw + columns[None, :]
     col = x + PX - 1
     inside = col.to(tl.uint32) < W
-    left = tl.zeros((BM, BN), dtype=tl.float32)
-    middle = tl.zeros((BM, BN), dtype=tl.float32)
-    right = tl.zeros((BM, BN), dtype=tl.float32)
+    acc = tl.zeros((BM, 4 * BN), dtype=tl.float32)
     if STAGES == 1:
-        for kb in tl.static_range(KH * per_tap):
-            left, middle, right = adjoint_row(
-                kb // per_tap, (kb % per_tap) * BK, left, middle, right, image, weight, columns, ldw, y, col, inside,
-                H, W, C, CP, PY, BK, PRECISION,
-            )  # fmt: skip
+        a = load_row(0, image, y, col, inside, H, W, C, CP, PY, BK, PRECISION)
+        for kb in tl.static_range(BLOCKS):
+            a_next = load_row(min(kb + 1, BLOCKS - 1), image, y, col, inside, H, W, C, CP, PY, BK, PRECISION)
+            acc = tl.dot(a, tl.load(at + kb * BK * ldw), acc, input_precision=PRECISION)
+            a = a_next
     else:
-        for kb in tl.range(0, KH * per_tap, num_stages=STAGES):
-            left, middle, right = adjoint_row(
-                kb // per_tap, (kb % per_tap) * BK, left, middle, right, image, weight, columns, ldw, y, col, inside,
-                H, W, C, CP, PY, BK, PRECISION,
-            )  # fmt: skip
+        for kb in tl.range(0, BLOCKS, num_stages=STAGES):
+            a = load_row(kb, image, y, col, inside, H, W, C, CP, PY, BK, PRECISION)
+            acc = tl.dot(a, tl.load(at + kb * BK * ldw), acc, input_precision=PRECISION)
+    left, middle, right, _ = split_parts(acc, BM, BN)
     m = tl.arange(0, BM)[:, None]
     after = tl.broadcast_to(tl.minimum(m + 1, BM - 1), (BM, BN))
     before = tl.broadcast_to(tl.maximum(m - 1, 0), (BM, BN))
@@ -259,40 +281,34 @@ def convolve_adjoint_3(
 
 
 @triton.jit
-def split_gates(z, BM: tl.constexpr, BC: tl.constexpr):
-    """The four gates' (BM, BC) parts of a product whose columns :func:`pack_weights` ordered.
-
-    In that order one thread holds the four gates of a channel, so that nothing moves between threads here.
-    """
-    z = tl.permute(tl.reshape(z, (BM, 2, 2, BC)), (0, 3, 1, 2))
-    even, odd = tl.split(z)
-    i, g = tl.split(even)
-    f, o = tl.split(odd)
-    return i, f, g, o
-
-
-@triton.jit
 def pack_weights(
     source, target, ldw, C, C_IN, CP, TAPS, total,
-    BC: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    BC: tl.constexpr, TRANSPOSED: tl.constexpr, SIDE_BY_SIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A (4 * C, C_IN, TAPS) weight as the matrix that :func:`convolve` multiplies with, zero where it rounds up.
 
     Forward, row ``tap * CP + input channel`` and, in each block of 4 * BC columns, the gates i, f, g, o of a channel
-    where :func:`split_gates` looks for them. TRANSPOSED, row ``tap * CP + gate row`` and column input channel.
+    where :func:`split_parts` looks for them. TRANSPOSED, row ``tap * CP + gate row`` and column input channel; and
+    SIDE_BY_SIDE, for :func:`convolve_adjoint_3`, row ``row of taps * CP + gate row`` and the row's three taps where the
+    gates lie otherwise.
     """
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     k = at // ldw
     n = at % ldw
     tap = k // CP
+    r = n % (4 * BC)
+    channel = (n // (4 * BC)) * BC + r % BC
     if TRANSPOSED:
         gate_row = k % CP
         c_in = n
         exists = gate_row < 4 * C
+        if SIDE_BY_SIDE:
+            c_in = channel
+            exists = exists & (r // BC < 3)
+            tap = tap * 3 + r // BC
     else:
         c_in = k % CP
-        r = n % (4 * BC)
-        channel = (n // (4 * BC)) * BC + r % BC
         gate_row = (r // BC) * C + channel
         exists = channel < C
     exists = exists & (c_in < C_IN) & (tap < TAPS) & (at < total)

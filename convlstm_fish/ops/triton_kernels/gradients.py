@@ -113,6 +113,7 @@ def image_gradient(
     s = first + tl.program_id(2)
     y, x, valid = tile_pixels(tl.program_id(0) // blocks, HI, WI, BM, TW, HALO)
     columns = block * BC + tl.arange(0, BC)
+    side_by_side = block * (4 * BC) + tl.arange(0, 4 * BC)
     at = (y * WI + x)[:, None] * C + columns[None, :]
     exists = valid[:, None] & (columns < C)[None, :]
     length = tl.load(length_ptr + n) if HAS_LENGTHS else T
@@ -124,12 +125,13 @@ def image_gradient(
         da = da_ptr + n * da_n + (s % slots).to(tl.int64) * da_t
         if HALO > 0:
             acc = convolve_adjoint_3(
-                da, w_ptr, columns, ldw, y, x, H, W, GATES, CP_GATES, KH, PY, PX, BM, BC, BK, STAGES, PRECISION
-            )
+                da, w_ptr, side_by_side, ldw, y, x, H, W, GATES, CP_GATES, KH, PY, PX,
+                BM, BC, BK, STAGES, PRECISION,
+            )  # fmt: skip
         else:
             acc = convolve(
-                acc, (KH * KW * CP_GATES + BK - 1) // BK, da, da_ptr, w_ptr, columns, ldw, y, x, valid, H, W,
-                GATES, CP_GATES, KH, KW, SY, SX, PY, PX, DY, DX, True, False, BK, STAGES, PRECISION,
+                acc, (KH * KW * CP_GATES + BK - 1) // BK, da, da_ptr, (), w_ptr, columns, ldw, y, x, valid, H, W,
+                GATES, CP_GATES, KH, KW, SY, SX, PY, PX, DY, DX, True, False, False, BK, STAGES, PRECISION,
             )  # fmt: skip
         if HAS_FACTOR:
             acc *= tl.load(factor_ptr + n * factor_n + at, mask=exists, other=0.0)

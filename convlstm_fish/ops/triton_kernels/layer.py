@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -38,7 +40,8 @@ class Layer(NamedTuple):
 
     @property
     def tiles(self) -> tuning.Tiles:
-        return tuning.choose(self.channels, self.hidden, self.dtype)
+        rows = math.prod(self.kernel) * self.hidden + math.prod(self.kernel_x) * self.channels
+        return tuning.choose(self.channels, self.hidden, self.dtype, rows)
 
     @property
     def fast(self) -> bool:
@@ -80,6 +83,23 @@ class Layer(NamedTuple):
         return {"SY": 1, "SX": 1, "PY": before[0], "PX": before[1], "DY": 1, "DX": 1}
 
     @property
+    def alike(self) -> bool:
+        """Whether both convolutions look at the same pixels."""
+        same = self.kernel == self.kernel_x and self.size == self.size_in
+        return same and self.convolution() == self.recurrence()
+
+    @property
+    def halo(self) -> int:
+        """Of the backward step's tiles."""
+        return self.tiles.backward.halo if can_shift(self.kernel, self.recurrence()) else 0
+
+    @property
+    def tiles_per_image(self) -> int:
+        """Of the backward step."""
+        tile = self.tiles.backward
+        return tile_count(self.size, tile.pixels, tile.patch, self.halo)
+
+    @property
     def precision(self) -> str:
         return "tf32" if self.tf32 and self.dtype == torch.float32 else "ieee"
 
@@ -104,22 +124,37 @@ def tile_count(size: tuple[int, int], pixels: int, patch: int, halo: int = 0) ->
     return triton.cdiv(size[0], pixels // patch) * triton.cdiv(size[1], patch - 2 * halo)
 
 
-def pack(weight: Tensor, layer: Layer, rows: int, block: int, transposed: bool) -> Tensor:
-    """The weight (or bias) as the matrix that a kernel reads ``rows`` rows and ``block`` channels at a time."""
+def pack(weight: Tensor, layer: Layer, rows: int, block: int, transposed: bool, side_by_side: bool = False) -> Tensor:
+    """The weight (or bias) as the matrix that a kernel reads ``rows`` rows and ``block`` channels at a time.
+
+    ``transposed`` for the adjoint; with the three taps of a row ``side_by_side`` for one that shifts.
+    """
     weight = weight.detach().contiguous()
     gates, inputs = weight.shape[0], weight.shape[1] if weight.dim() > 1 else 1
-    taps = weight[0].numel() // inputs
+    taps = all_taps = weight[0].numel() // inputs
     channels = round_channels(gates if transposed else inputs) if weight.dim() > 1 else 1
-    columns = triton.cdiv(inputs, block) * block if transposed else triton.cdiv(gates // 4, block) * block * 4
+    columns = triton.cdiv(inputs if transposed else gates // 4, block) * block
+    if side_by_side:
+        taps //= 3
+    if side_by_side or not transposed:
+        columns *= 4
     height = triton.cdiv(taps * channels, rows) * rows
     dtype = layer.dtype if weight.dim() > 1 else torch.float32
     packed = torch.empty(height, columns, dtype=dtype, device=weight.device)
     grid = (triton.cdiv(packed.numel(), 1024),)
-    args = (weight, packed, columns, gates // 4, inputs, channels, taps, packed.numel())
-    precision = layer.precision if weight.dim() > 1 else "ieee"
-    constants = {"BC": block, "TRANSPOSED": transposed, "PRECISION": precision, "BLOCK": 1024}
+    args = (weight, packed, columns, gates // 4, inputs, channels, all_taps, packed.numel())
+    constants = {
+        "BC": block, "TRANSPOSED": transposed, "SIDE_BY_SIDE": side_by_side,
+        "PRECISION": layer.precision if weight.dim() > 1 else "ieee", "BLOCK": 1024,
+    }  # fmt: skip
     launch(pack_weights, grid, args, constants, num_warps=4)
     return packed
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; elsewhere, where the kernels are interpreted, a few."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def peephole_kind(weight: Tensor | None) -> int:

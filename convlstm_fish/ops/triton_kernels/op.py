@@ -12,7 +12,9 @@ from torch import Tensor
 from convlstm_fish.ops.checks import ACTIVATIONS, check_arguments
 from convlstm_fish.ops.equations import Norm
 from convlstm_fish.ops.geometry import Geometry, Padding
+from convlstm_fish.ops.triton_kernels.layer import make_layer
 from convlstm_fish.ops.triton_kernels.operators import conv_lstm_forward
+from convlstm_fish.ops.triton_kernels.unrolled import Unrolled
 
 State = tuple[Tensor, Tensor]
 
@@ -66,6 +68,66 @@ def _channels_last(image: Tensor, dtype: torch.dtype) -> Tensor:
     return image.to(dtype=dtype, memory_format=torch.channels_last).permute(0, 2, 3, 1).contiguous()
 
 
+def _peephole(peephole: tuple[Tensor, Tensor, Tensor] | None, where: Geometry) -> list[Tensor | None]:
+    """Three weights, (C_h,) or (H', W', C_h) each, or three None."""
+    if peephole is None:
+        return [None] * 3
+    per_pixel = any(w.shape[1:] != (1, 1) for w in peephole)
+    return [
+        w.float().expand(-1, *where.out).permute(1, 2, 0).contiguous() if per_pixel else w.float().flatten()
+        for w in peephole
+    ]
+
+
+class UnrollTriton:
+    """:func:`convlstm_fish.ops.unroll` in Triton kernels; see there. A call needs a state.
+
+    Raises:
+        ValueError: an argument that does not fit, named with its value.
+        RuntimeError: the weights have changed since the first step.
+    """
+
+    def __init__(
+        self,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias: Tensor | None,
+        peephole: tuple[Tensor, Tensor, Tensor] | None,
+        *,
+        stride: int | Sequence[int] = 1,
+        padding: Padding = "same",
+        dilation: int | Sequence[int] = 1,
+        recurrent_activation: str = "sigmoid",
+    ) -> None:
+        self.parameters = (weight_ih, weight_hh, bias, peephole)
+        self.activation = recurrent_activation
+        self._geometry: Any = {"stride": stride, "padding": padding, "dilation": dilation}
+        self._all = [weight_ih, weight_hh, *([] if bias is None else [bias]), *(peephole or ())]
+        self._versions = [p._version for p in self._all]
+        self._unrolled: dict[Any, Unrolled] = {}
+
+    def __call__(self, input: Tensor, hx: State) -> State:
+        """The state after a step on (N, C, H, W)."""
+        weight_ih, weight_hh, bias, peephole = self.parameters
+        where = check_arguments(
+            input.unsqueeze(1), hx, *self.parameters, **self._geometry, recurrent_activation=self.activation,
+            recurrent_mask=None, lengths=None,
+        )  # fmt: skip
+        if [p._version for p in self._all] != self._versions:
+            raise RuntimeError("the weights have changed since the first step; unroll the layer again")
+        dtype = _compute_dtype(input)
+        x = _channels_last(input, dtype).unsqueeze(1)
+        layer = make_layer(
+            x, weight_ih, weight_hh, where.out, where.stride, [before for before, _ in where.pads], where.dilation,
+            ACTIVATIONS.index(self.activation), torch.backends.cudnn.allow_tf32, False,
+        )  # fmt: skip
+        key = (dtype, layer.precision, where.out, torch.is_grad_enabled())
+        if key not in self._unrolled:
+            self._unrolled[key] = Unrolled(layer, weight_ih, weight_hh, bias, *_peephole(peephole, where))
+        h, c = self._unrolled[key](layer, x, _channels_last(hx[0], dtype), _channels_last(hx[1], torch.float32))
+        return h.permute(0, 3, 1, 2), c.permute(0, 3, 1, 2)
+
+
 def conv_lstm_triton(
     input: Tensor,
     hx: State | None,
@@ -114,13 +176,7 @@ def conv_lstm_triton(
         if recurrent_mask.requires_grad:
             raise RuntimeError("the Triton kernels give no gradient of recurrent_mask")
         mask = _channels_last(recurrent_mask, dtype)
-    weights: list[Tensor | None] = [None] * 3
-    if peephole is not None:
-        per_pixel = any(w.shape[1:] != (1, 1) for w in peephole)
-        weights = [
-            w.float().expand(-1, *where.out).permute(1, 2, 0).contiguous() if per_pixel else w.float().flatten()
-            for w in peephole
-        ]
+    weights = _peephole(peephole, where)
     tracked = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, h_0, c_0, weight_ih, weight_hh, bias, *weights)
     )

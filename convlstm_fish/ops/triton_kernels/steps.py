@@ -9,9 +9,10 @@ import triton.language as tl
 from convlstm_fish.ops.triton_kernels.common import (
     convolve,
     convolve_adjoint_3,
+    hold_weight,
     recurrent_activation,
     recurrent_slope,
-    split_gates,
+    split_parts,
     tanh,
     tile_pixels,
 )
@@ -19,29 +20,30 @@ from convlstm_fish.ops.triton_kernels.common import (
 
 @triton.jit
 def step_gates(
-    x_ptr, h_ptr, mask_ptr, w_x_ptr, w_h_ptr, bias_ptr, block, y, x, valid, ldw,
+    x_ptr, h_ptr, mask_ptr, held_x, held_h, w_x_ptr, w_h_ptr, bias_ptr, block, y, x, valid, ldw,
     H: tl.constexpr, W: tl.constexpr, HI: tl.constexpr, WI: tl.constexpr,
     C: tl.constexpr, CP: tl.constexpr, C_IN: tl.constexpr, CP_IN: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, KHX: tl.constexpr, KWX: tl.constexpr,
     SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, DY: tl.constexpr, DX: tl.constexpr,
-    HAS_STATE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_STATE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HELD: tl.constexpr,
+    PRECISION: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BKX: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The four gates before their activation: both convolutions and the bias, without the peepholes."""
     columns = block * (4 * BC) + tl.arange(0, 4 * BC)
     acc = tl.zeros((BM, 4 * BC), dtype=tl.float32)
     acc = convolve(
-        acc, (KHX * KWX * CP_IN + BKX - 1) // BKX, x_ptr, x_ptr, w_x_ptr, columns, ldw, y, x, valid, HI, WI,
-        C_IN, CP_IN, KHX, KWX, SY, SX, PY, PX, DY, DX, False, False, BKX, STAGES, PRECISION,
+        acc, (KHX * KWX * CP_IN + BKX - 1) // BKX, x_ptr, x_ptr, held_x, w_x_ptr, columns, ldw, y, x, valid, HI, WI,
+        C_IN, CP_IN, KHX, KWX, SY, SX, PY, PX, DY, DX, False, False, HELD, BKX, STAGES, PRECISION,
     )  # fmt: skip
     if HAS_STATE:
         acc = convolve(
-            acc, (KH * KW * CP + BK - 1) // BK, h_ptr, mask_ptr, w_h_ptr, columns, ldw, y, x, valid, H, W,
-            C, CP, KH, KW, 1, 1, (KH - 1) // 2, (KW - 1) // 2, 1, 1, False, HAS_MASK, BK, STAGES, PRECISION,
+            acc, (KH * KW * CP + BK - 1) // BK, h_ptr, mask_ptr, held_h, w_h_ptr, columns, ldw, y, x, valid, H, W,
+            C, CP, KH, KW, 1, 1, (KH - 1) // 2, (KW - 1) // 2, 1, 1, False, HAS_MASK, HELD, BK, STAGES, PRECISION,
         )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias_ptr + columns)[None, :]
-    return split_gates(acc, BM, BC)
+    return split_parts(acc, BM, BC)
 
 
 @triton.jit
@@ -87,12 +89,12 @@ def store_gates(ptr, i, f, g, o, exists, C: tl.constexpr):
     tl.store(ptr + 3 * C, o.to(ptr.dtype.element_ty), mask=exists)
 
 
-@triton.jit(do_not_specialize=["s", "T"])
+@triton.jit(do_not_specialize=["s", "T", "items"])
 def forward_step(
     x_ptr, h_in_ptr, h_out_ptr, c_in_ptr, c_out_ptr, c_save_ptr, gates_ptr,
     w_x_ptr, w_h_ptr, bias_ptr, w_ci_ptr, w_cf_ptr, w_co_ptr, mask_ptr, length_ptr,
-    s, T, x_n, x_t, h_in_n, h_in_t, h_out_n, h_out_t, c_save_n, c_save_t, gates_n, gates_t, state_n,
-    H: tl.constexpr, W: tl.constexpr, HI: tl.constexpr, WI: tl.constexpr, ldw: tl.constexpr,
+    s, T, items, x_n, x_t, h_in_n, h_in_t, h_out_n, h_out_t, c_save_n, c_save_t, gates_n, gates_t, state_n,
+    tiles: tl.constexpr, H: tl.constexpr, W: tl.constexpr, HI: tl.constexpr, WI: tl.constexpr, ldw: tl.constexpr,
     C: tl.constexpr, CP: tl.constexpr, C_IN: tl.constexpr, CP_IN: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, KHX: tl.constexpr, KWX: tl.constexpr,
     SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, DY: tl.constexpr, DX: tl.constexpr,
@@ -100,52 +102,65 @@ def forward_step(
     HAS_STATE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     REVERSE: tl.constexpr, SAVE_C: tl.constexpr, SAVE_GATES: tl.constexpr, ZERO_REST: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BKX: tl.constexpr, TW: tl.constexpr, STAGES: tl.constexpr,
+    HELD: tl.constexpr,
 ):  # fmt: skip
     """h_t and c_t of BM pixels and BC channels of one clip; the s-th step that the clip does.
 
     Grid: (tiles * channel blocks, clips). Pointers with a stride of 0 in time hold one step.
     """
     blocks: tl.constexpr = (C + BC - 1) // BC
-    block = tl.program_id(0) % blocks
-    n = tl.program_id(1).to(tl.int64)
-    y, x, valid = tile_pixels(tl.program_id(0) // blocks, H, W, BM, TW, 0)
-    ch = (block * BC + tl.arange(0, BC))[None, :]
-    pixel = (y * W + x)[:, None]
-    at = pixel * C + ch
-    exists = valid[:, None] & (ch < C)
-    length = tl.load(length_ptr + n) if HAS_LENGTHS else T
-    if s < length:
-        if REVERSE:
-            t = (length - 1 - s).to(tl.int64)
-            before = t + 1
-        else:
-            t = s.to(tl.int64)
-            before = t - 1
-        z_i, z_f, z_g, z_o = step_gates(
-            x_ptr + n * x_n + t * x_t, h_in_ptr + n * h_in_n + before * h_in_t, mask_ptr + n * state_n,
-            w_x_ptr, w_h_ptr, bias_ptr, block, y, x, valid, ldw, H, W, HI, WI,
-            C, CP, C_IN, CP_IN, KH, KW, KHX, KWX, SY, SX, PY, PX, DY, DX,
-            HAS_STATE, HAS_BIAS, HAS_MASK, PRECISION, BM, BC, BK, BKX, STAGES,
-        )  # fmt: skip
-        c_before = tl.zeros((BM, BC), dtype=tl.float32)
+    held_x = ()
+    held_h = ()
+    if HELD:
+        columns = tl.arange(0, 4 * BC)
+        held_x = hold_weight(w_x_ptr, columns, ldw, (KHX * KWX * CP_IN + BKX - 1) // BKX, BKX)
         if HAS_STATE:
-            c_before = tl.load(c_in_ptr + n * state_n + at, mask=exists, other=0.0)
-        i, f, g, o, c = cell_update(
-            z_i, z_f, z_g, z_o, c_before, w_ci_ptr, w_cf_ptr, w_co_ptr, ch, pixel, exists,
-            C, PEEPHOLE, HAS_STATE, ACT, FAST,
-        )  # fmt: skip
-        h = o * tanh(c, FAST)
-        tl.store(c_out_ptr + n * state_n + at, c, mask=exists)
-        if SAVE_C:
-            c_save = c_save_ptr + n * c_save_n + t * c_save_t
-            tl.store(c_save + at, c.to(c_save_ptr.dtype.element_ty), mask=exists)
-        if SAVE_GATES:
-            store_gates(gates_ptr + n * gates_n + t * gates_t + pixel * (4 * C) + ch, i, f, g, o, exists, C)
-        tl.store(h_out_ptr + n * h_out_n + t * h_out_t + at, h.to(h_out_ptr.dtype.element_ty), mask=exists)
-    else:
-        if ZERO_REST:
-            zero = tl.zeros((BM, BC), dtype=h_out_ptr.dtype.element_ty)
-            tl.store(h_out_ptr + n * h_out_n + s.to(tl.int64) * h_out_t + at, zero, mask=exists)
+            held_h = hold_weight(w_h_ptr, columns, ldw, (KH * KW * CP + BK - 1) // BK, BK)
+    # Not held, one tile a program: a loop of constant bounds, which is none.
+    for k in tl.range(
+        tl.program_id(0) if HELD else 0, items if HELD else 1, tl.num_programs(0) if HELD else 1, num_stages=1
+    ):
+        item = k if HELD else tl.program_id(0)
+        block = item % blocks
+        n = (item // blocks // tiles).to(tl.int64)
+        y, x, valid = tile_pixels(item // blocks % tiles, H, W, BM, TW, 0)
+        ch = (block * BC + tl.arange(0, BC))[None, :]
+        pixel = (y * W + x)[:, None]
+        at = pixel * C + ch
+        exists = valid[:, None] & (ch < C)
+        length = tl.load(length_ptr + n) if HAS_LENGTHS else T
+        if s < length:
+            if REVERSE:
+                t = (length - 1 - s).to(tl.int64)
+                before = t + 1
+            else:
+                t = s.to(tl.int64)
+                before = t - 1
+            z_i, z_f, z_g, z_o = step_gates(
+                x_ptr + n * x_n + t * x_t, h_in_ptr + n * h_in_n + before * h_in_t, mask_ptr + n * state_n,
+                held_x, held_h, w_x_ptr, w_h_ptr, bias_ptr, block, y, x, valid, ldw, H, W, HI, WI,
+                C, CP, C_IN, CP_IN, KH, KW, KHX, KWX, SY, SX, PY, PX, DY, DX,
+                HAS_STATE, HAS_BIAS, HAS_MASK, HELD, PRECISION, BM, BC, BK, BKX, STAGES,
+            )  # fmt: skip
+            c_before = tl.zeros((BM, BC), dtype=tl.float32)
+            if HAS_STATE:
+                c_before = tl.load(c_in_ptr + n * state_n + at, mask=exists, other=0.0)
+            i, f, g, o, c = cell_update(
+                z_i, z_f, z_g, z_o, c_before, w_ci_ptr, w_cf_ptr, w_co_ptr, ch, pixel, exists,
+                C, PEEPHOLE, HAS_STATE, ACT, FAST,
+            )  # fmt: skip
+            h = o * tanh(c, FAST)
+            tl.store(c_out_ptr + n * state_n + at, c, mask=exists)
+            if SAVE_C:
+                c_save = c_save_ptr + n * c_save_n + t * c_save_t
+                tl.store(c_save + at, c.to(c_save_ptr.dtype.element_ty), mask=exists)
+            if SAVE_GATES:
+                store_gates(gates_ptr + n * gates_n + t * gates_t + pixel * (4 * C) + ch, i, f, g, o, exists, C)
+            tl.store(h_out_ptr + n * h_out_n + t * h_out_t + at, h.to(h_out_ptr.dtype.element_ty), mask=exists)
+        else:
+            if ZERO_REST:
+                zero = tl.zeros((BM, BC), dtype=h_out_ptr.dtype.element_ty)
+                tl.store(h_out_ptr + n * h_out_n + s.to(tl.int64) * h_out_t + at, zero, mask=exists)
 
 
 @triton.jit(do_not_specialize=["s", "T", "slot", "slot_next"])
@@ -154,13 +169,15 @@ def backward_step(
     w_x_ptr, w_h_ptr, w_back_ptr, bias_ptr, w_ci_ptr, w_cf_ptr, w_co_ptr, mask_ptr, length_ptr,
     s, T, slot, slot_next,
     x_n, x_t, h_in_n, h_in_t, c_in_n, c_in_t, gates_n, gates_t, dout_n, dout_t, da_n, da_t, state_n,
-    H: tl.constexpr, W: tl.constexpr, HI: tl.constexpr, WI: tl.constexpr, ldw: tl.constexpr, ldw_back: tl.constexpr,
+    tiles: tl.constexpr, H: tl.constexpr, W: tl.constexpr, HI: tl.constexpr, WI: tl.constexpr,
+    ldw: tl.constexpr, ldw_back: tl.constexpr,
     C: tl.constexpr, CP: tl.constexpr, CP_GATES: tl.constexpr, C_IN: tl.constexpr, CP_IN: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, KHX: tl.constexpr, KWX: tl.constexpr,
     SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, DY: tl.constexpr, DX: tl.constexpr,
     ACT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, PEEPHOLE: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    HAS_DOUT: tl.constexpr, HAS_DH_N: tl.constexpr, HAS_GATES: tl.constexpr, REVERSE: tl.constexpr,
+    HAS_DOUT: tl.constexpr, HAS_DH_N: tl.constexpr, HAS_GATES: tl.constexpr, HAS_NEXT: tl.constexpr,
+    REVERSE: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BKX: tl.constexpr, BKB: tl.constexpr,
     TW: tl.constexpr, HALO: tl.constexpr, STAGES: tl.constexpr, STAGES_BACK: tl.constexpr,
 ):  # fmt: skip
@@ -178,8 +195,9 @@ def backward_step(
     """
     blocks: tl.constexpr = (C + BC - 1) // BC
     block = tl.program_id(0) % blocks
+    tile = tl.program_id(0) // blocks
     n = tl.program_id(1).to(tl.int64)
-    y, x, valid = tile_pixels(tl.program_id(0) // blocks, H, W, BM, TW, HALO)
+    y, x, valid = tile_pixels(tile, H, W, BM, TW, HALO)
     ch = (block * BC + tl.arange(0, BC))[None, :]
     pixel = (y * W + x)[:, None]
     at = pixel * C + ch
@@ -193,19 +211,20 @@ def backward_step(
             t = s.to(tl.int64)
             before = t - 1
         dh = tl.zeros((BM, BC), dtype=tl.float32)
-        if s + 1 < length:
+        if HAS_NEXT and s + 1 < length:
             da_next = da_ptr + n * da_n + slot_next.to(tl.int64) * da_t
-            columns = block * BC + tl.arange(0, BC)
             if HALO > 0:
+                columns = block * (4 * BC) + tl.arange(0, 4 * BC)
                 dh = convolve_adjoint_3(
                     da_next, w_back_ptr, columns, ldw_back, y, x, H, W, 4 * C, CP_GATES, KH,
                     (KH - 1) // 2, 1, BM, BC, BKB, STAGES_BACK, PRECISION,
                 )  # fmt: skip
             else:
                 dh = convolve(
-                    dh, (KH * KW * CP_GATES + BKB - 1) // BKB, da_next, da_ptr, w_back_ptr, columns, ldw_back,
+                    dh, (KH * KW * CP_GATES + BKB - 1) // BKB, da_next, da_ptr, (), w_back_ptr,
+                    block * BC + tl.arange(0, BC), ldw_back,
                     y, x, valid, H, W, 4 * C, CP_GATES, KH, KW, 1, 1, (KH - 1) // 2, (KW - 1) // 2, 1, 1,
-                    True, False, BKB, STAGES_BACK, PRECISION,
+                    True, False, False, BKB, STAGES_BACK, PRECISION,
                 )  # fmt: skip
             if HAS_MASK:
                 dh *= tl.load(mask_ptr + n * state_n + at, mask=exists, other=0.0)
@@ -228,9 +247,9 @@ def backward_step(
         else:
             z_i, z_f, z_g, z_o = step_gates(
                 x_ptr + n * x_n + t * x_t, h_in_ptr + n * h_in_n + before * h_in_t, mask_ptr + n * state_n,
-                w_x_ptr, w_h_ptr, bias_ptr, block, y, x, valid, ldw, H, W, HI, WI,
+                (), (), w_x_ptr, w_h_ptr, bias_ptr, block, y, x, valid, ldw, H, W, HI, WI,
                 C, CP, C_IN, CP_IN, KH, KW, KHX, KWX, SY, SX, PY, PX, DY, DX,
-                HAS_STATE, HAS_BIAS, HAS_MASK, PRECISION, BM, BC, BK, BKX, STAGES,
+                HAS_STATE, HAS_BIAS, HAS_MASK, False, PRECISION, BM, BC, BK, BKX, STAGES,
             )  # fmt: skip
             i, f, g, o, c = cell_update(
                 z_i, z_f, z_g, z_o, c_before, w_ci_ptr, w_cf_ptr, w_co_ptr, ch, pixel, exists,
@@ -258,7 +277,7 @@ def backward_step(
         store_gates(da, da_i, da_f, da_g, da_o, exists, C)
         if HAS_BIAS:  # each tile has its own sums, so that they are added in one order
             channel = block * BC + tl.arange(0, BC)
-            sums_ptr = dbias_ptr + (n * (tl.num_programs(0) // blocks) + tl.program_id(0) // blocks) * (4 * C) + channel
+            sums_ptr = dbias_ptr + (n * tiles + tile) * (4 * C) + channel
             add_to(sums_ptr, tl.sum(tl.where(exists, da_i, 0.0), axis=0), channel < C)
             add_to(sums_ptr + C, tl.sum(tl.where(exists, da_f, 0.0), axis=0), channel < C)
             add_to(sums_ptr + 2 * C, tl.sum(tl.where(exists, da_g, 0.0), axis=0), channel < C)

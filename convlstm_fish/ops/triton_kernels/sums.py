@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
 
 from convlstm_fish.ops.triton_kernels.gradients import image_gradient, weight_gradients
 from convlstm_fish.ops.triton_kernels.launch import launch
-from convlstm_fish.ops.triton_kernels.layer import Layer, can_shift, tile_count
+from convlstm_fish.ops.triton_kernels.layer import Layer, multiprocessors, tile_count
 from convlstm_fish.ops.triton_kernels.tuning import Tile, round_channels
 
 # Programs that share the sum of a weight's gradient: as many as the larger GPUs run at a time. A wide layer's take more
@@ -79,24 +81,44 @@ class WeightSums:
         return gradient.copy_(rows[:, :, :channels].permute(3, 2, 0, 1))
 
 
+def _fill(layer: Layer, tile: Tile, size: tuple[int, int], channels: int, steps: int) -> Tile:
+    """The tile cut smaller where there are fewer of them than multiprocessors."""
+    for change in ({"channels": 64}, {"pixels": 64}, {"channels": 32}):
+        tiles = tile_count(size, tile.pixels, tile.patch) * triton.cdiv(channels, tile.channels)
+        if tiles * layer.clips * steps >= multiprocessors(layer.device):
+            break
+        tile = tile._replace(**{name: min(getattr(tile, name), value) for name, value in change.items()})
+    return tile
+
+
+class ImageWeight(NamedTuple):
+    """The weight of a convolution as :func:`write_image_gradient` takes it, packed for a tile."""
+
+    packed: Tensor
+    kernel: tuple[int, int]
+    geometry: dict[str, int]
+    tile: Tile
+
+
 def write_image_gradient(
-    layer: Layer, packed: Tensor, tile: Tile, da: Tensor, out: Tensor, out_t: int, factor: Tensor | None,
-    kernel: tuple[int, int], geometry: dict[str, int], first: int, steps: int, lengths: Tensor | None,
+    layer: Layer, weight: ImageWeight, da: Tensor, out: Tensor, out_t: int, factor: Tensor | None, first: int,
+    steps: int, lengths: Tensor | None,
 ) -> None:  # fmt: skip
     """Writes the gradient of the images of steps first .. first + steps - 1 into ``out``."""
     height, width, channels = out.shape[-3:]
-    halo = tile.halo if can_shift(kernel, geometry) else 0
-    tiles = tile_count((height, width), tile.pixels, tile.patch, halo)
+    tile = weight.tile if weight.tile.halo else _fill(layer, weight.tile, (height, width), channels, steps)
+    tiles = tile_count((height, width), tile.pixels, tile.patch, tile.halo)
     grid = (tiles * triton.cdiv(channels, tile.channels), layer.clips, steps)
     args = (
-        da, packed, factor, out, lengths, first, layer.steps, da.shape[1], da.stride(0), da.stride(1),
+        da, weight.packed, factor, out, lengths, first, layer.steps, da.shape[1], da.stride(0), da.stride(1),
         out.stride(0), out_t, 0 if factor is None else factor.stride(0),
     )  # fmt: skip
     constants = {
-        "H": layer.size[0], "W": layer.size[1], "HI": height, "WI": width, "ldw": packed.shape[1], "C": channels,
-        "CP_GATES": round_channels(4 * layer.hidden), "GATES": 4 * layer.hidden, "KH": kernel[0], "KW": kernel[1],
-        **geometry, "HAS_FACTOR": factor is not None, "HAS_LENGTHS": lengths is not None, "REVERSE": layer.reverse,
-        "PRECISION": layer.precision, "BM": tile.pixels, "BC": tile.channels, "BK": tile.rows, "TW": tile.patch,
-        "HALO": halo, "STAGES": tile.stages_back,
+        "H": layer.size[0], "W": layer.size[1], "HI": height, "WI": width, "ldw": weight.packed.shape[1],
+        "C": channels, "CP_GATES": round_channels(4 * layer.hidden), "GATES": 4 * layer.hidden,
+        "KH": weight.kernel[0], "KW": weight.kernel[1], **weight.geometry, "HAS_FACTOR": factor is not None,
+        "HAS_LENGTHS": lengths is not None, "REVERSE": layer.reverse, "PRECISION": layer.precision,
+        "BM": tile.pixels, "BC": tile.channels, "BK": tile.rows_back, "TW": tile.patch, "HALO": tile.halo,
+        "STAGES": tile.stages_back,
     }  # fmt: skip
     launch(image_gradient, grid, args, constants, tile.warps, tile.registers)

@@ -1,0 +1,150 @@
+"""The launches of one call: a step at a time forward, and backward."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from convlstm_fish.ops.triton_kernels.launch import launch
+from convlstm_fish.ops.triton_kernels.layer import Layer, multiprocessors, tile_count
+from convlstm_fish.ops.triton_kernels.steps import backward_step, forward_step
+from convlstm_fish.ops.triton_kernels.sums import write_image_gradient
+from convlstm_fish.ops.triton_kernels.tuning import round_channels
+from convlstm_fish.ops.triton_kernels.weights import Gradients, Weights
+
+# The gates' gradients of so many bytes are kept until the weights' gradients take them up.
+CHUNK_BYTES = 512 << 20
+
+
+def run_forward(
+    layer: Layer, weights: Weights, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, mask: Tensor | None,
+    lengths: Tensor | None, keep_h: bool, keep_c: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Runs the steps. Channels last throughout: x (N, T, H, W, C), states (N, H', W', C_h), mask the same.
+
+    Returns:
+        h of every step (N, T, H', W', C_h), or without ``keep_h`` (N, 2, H', W', C_h), where step s lies at s % 2; c_n;
+        and for the backward pass, in the dtype of x and empty without ``keep_c``, c of every step and for wide layers
+        the gates (N, T, H', W', 4 * C_h).
+    """
+    tile = layer.tiles.forward
+    clips, steps = layer.clips, layer.steps
+    frame = (*layer.size, layer.hidden)
+    numbers = layer.size[0] * layer.size[1] * layer.hidden
+    # Without a sequence two frames take turns, and a step's frame is found by the parity of the step.
+    h = x.new_empty(clips, steps if keep_h else 2, *frame)
+    cells = x.new_empty((clips, steps, *frame) if keep_c else (0,))
+    keep_gates = keep_c and layer.tiles.keep_gates
+    gates = x.new_empty((clips, steps, *layer.size, 4 * layer.hidden) if keep_gates else (0,))
+    c = x.new_empty((clips, *frame), dtype=torch.float32)
+    if not keep_h and lengths is not None:
+        h.zero_()
+    w_x, w_h, bias = weights.forward
+    tiles = tile_count(layer.size, tile.pixels, tile.patch)
+    items = tiles * triton.cdiv(layer.hidden, tile.channels) * clips
+    programs = min(items, tile.held * multiprocessors(layer.device)) if tile.held else items
+    constants = layer.constants() | {
+        "tiles": tiles, "HELD": tile.held > 0,
+        "ldw": w_h.shape[1], "PEEPHOLE": weights.peephole_kind, "HAS_BIAS": bias is not None,
+        "HAS_MASK": mask is not None, "HAS_LENGTHS": lengths is not None, "SAVE_C": keep_c, "SAVE_GATES": keep_gates,
+        "ZERO_REST": keep_h, "BM": tile.pixels, "BC": tile.channels, "BK": tile.rows, "BKX": tile.rows_x,
+        "TW": tile.patch, "STAGES": tile.stages,
+    }  # fmt: skip
+    factor = x if mask is None else mask  # a pointer that is only read with HAS_MASK
+    for s in range(steps):
+        h_in, h_out = h, h
+        h_in_t = h_out_t = numbers
+        if not keep_h:
+            h_in, h_out = h[:, (s + 1) % 2], h[:, s % 2]
+            h_in_t = h_out_t = 0
+        c_in = c
+        if s == 0 and h_0 is not None and c_0 is not None:
+            h_in, c_in, h_in_t = h_0, c_0, 0
+        args = (
+            x, h_in, h_out, c_in, c, cells, gates, w_x, w_h, bias, *weights.peephole, factor, lengths,
+            s, steps, items, x.stride(0), x.stride(1), h_in.stride(0), h_in_t, h.stride(0), h_out_t,
+            steps * numbers, numbers, 4 * steps * numbers, 4 * numbers, numbers,
+        )  # fmt: skip
+        constants["HAS_STATE"] = s > 0 or h_0 is not None
+        launch(forward_step, (programs,), args, constants, tile.warps, tile.registers)
+    return h, c, cells, gates
+
+
+def run_backward(
+    layer: Layer, weights: Weights, gradients: Gradients, dout: Tensor | None, dh_n: Tensor | None,
+    dc_n: Tensor | None, h: Tensor, cells: Tensor, gates: Tensor, x: Tensor, h_0: Tensor | None, c_0: Tensor | None,
+    mask: Tensor | None, lengths: Tensor | None, need_x: bool, need_state: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Adds to the gradients of the parameters.
+
+    Returns:
+        The gradients of x, h_0 and c_0, empty unless needed; the first two may be slices of one tensor.
+    """
+    tiles = layer.tiles
+    tile = tiles.backward
+    clips, steps, hidden = layer.clips, layer.steps, layer.hidden
+    numbers = layer.size[0] * layer.size[1] * hidden
+    dout = None if dout is None else dout.contiguous()
+    dh_n = None if dh_n is None else dh_n.contiguous()
+    dc = torch.empty((clips, *layer.size, hidden), dtype=torch.float32, device=x.device)
+    _ = dc.zero_() if dc_n is None else dc.copy_(dc_n)
+    chunk = max(1, min(steps, CHUNK_BYTES // (4 * clips * numbers * x.element_size())))
+    # One more than a chunk, because a step reads the da of the step after while its own chunk fills.
+    da = x.new_empty(clips, min(chunk + 1, steps), *layer.size, 4 * hidden)
+    w_x, w_h, bias = weights.backward
+    w_back = weights.adjoint
+    # A single step's gradients of x and h_0 are one product where the convolutions are alike.
+    together = steps == 1 and need_x and need_state and layer.alike and mask is None and lengths is None
+    dx = torch.empty_like(x) if need_x and not together else x.new_empty(0)
+    constants = layer.constants() | {
+        "tiles": layer.tiles_per_image, "ldw": 0 if w_h is None else w_h.shape[1], "ldw_back": w_back.shape[1],
+        "CP_GATES": round_channels(4 * hidden), "PEEPHOLE": weights.peephole_kind, "HAS_BIAS": weights.bias is not None,
+        "HAS_MASK": mask is not None, "HAS_LENGTHS": lengths is not None, "HAS_DOUT": dout is not None,
+        "HAS_DH_N": dh_n is not None, "HAS_GATES": tiles.keep_gates, "BM": tile.pixels, "BK": tile.rows,
+        "BKX": tile.rows_x, "BKB": tile.rows_back, "TW": tile.patch, "HALO": layer.halo,
+        "STAGES": tile.stages, "STAGES_BACK": tile.stages_back,
+    }  # fmt: skip
+    factor = x if mask is None else mask  # a pointer that is only read with HAS_MASK
+    waiting = 0
+    for s in reversed(range(steps)):
+        h_in, c_in, before_t = h, cells, numbers
+        if s == 0 and h_0 is not None and c_0 is not None:
+            h_in, c_in, before_t = h_0, c_0, 0
+        args = (
+            x, h_in, c_in, gates, dout, dh_n, da, dc, gradients.dpeephole, gradients.dbias,
+            w_x, w_h, w_back, bias, *weights.peephole, factor, lengths,
+            s, steps, s % da.shape[1], (s + 1) % da.shape[1], x.stride(0), x.stride(1),
+            h_in.stride(0), before_t, c_in.stride(0), before_t, 4 * steps * numbers, 4 * numbers,
+            steps * numbers, numbers, da.stride(0), da.stride(1), numbers,
+        )  # fmt: skip
+        constants["HAS_STATE"] = s > 0 or h_0 is not None
+        constants["HAS_NEXT"] = lengths is not None or s + 1 < steps
+        # Without a product to make, a wide layer's programs are small, so that more of them run side by side.
+        light = tiles.keep_gates and not constants["HAS_NEXT"]
+        constants["BC"] = min(tile.channels, 32) if light else tile.channels
+        grid = (layer.tiles_per_image * triton.cdiv(hidden, constants["BC"]), clips)
+        launch(backward_step, grid, args, constants, tile.warps, tile.registers)
+        waiting += 1
+        if waiting < chunk and s > 0:
+            continue
+        if s == 0 and h_0 is not None:  # the state before step 0 lies elsewhere
+            gradients.add(h_0, 0, True, x, mask, da, 0, 1, lengths)
+            if waiting > 1:
+                gradients.add(h, numbers, True, x, mask, da, 1, waiting - 1, lengths)
+        else:
+            gradients.add(h, numbers, False, x, mask, da, s, waiting, lengths)
+        if need_x and not together:
+            write_image_gradient(layer, weights.image_x, da, dx, x.stride(1), None, s, waiting, lengths)
+        waiting = 0
+
+    if not need_state:
+        return dx, x.new_empty(0), dc.new_empty(0)
+    if together:
+        both = x.new_empty(clips, *layer.size, layer.channels + hidden)
+        write_image_gradient(layer, weights.image_both, da, both, 0, None, 0, 1, None)
+        dx, dh_0 = both.split([layer.channels, hidden], -1)
+        return dx.unsqueeze(1), dh_0, dc
+    dh_0 = torch.empty_like(dc, dtype=x.dtype)
+    write_image_gradient(layer, weights.image_h, da, dh_0, 0, mask, 0, 1, lengths)
+    return dx, dh_0, dc

@@ -1,0 +1,136 @@
+"""Steps of one layer, called one by one: weights packed once, and their gradients added up once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from convlstm_fish.ops.triton_kernels.layer import Layer
+from convlstm_fish.ops.triton_kernels.passes import CHUNK_BYTES, run_backward, run_forward
+from convlstm_fish.ops.triton_kernels.weights import Gradients, Weights
+
+
+class DeferredGradients(Gradients):
+    """Gradients whose steps are collected and added in one launch."""
+
+    def __init__(self, layer: Layer, weights: Weights) -> None:
+        super().__init__(layer, weights)
+        self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(
+        self, h: Tensor, h_t: int, with_h: bool, x: Tensor, mask: Tensor | None, da: Tensor, first: int, steps: int,
+        lengths: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Keeps h, x and da of one step."""
+        self.waiting.append((h, x[:, 0], da[:, 0]))
+        if sum(each[2].nbytes for each in self.waiting) >= CHUNK_BYTES:
+            self._take_up()
+
+    def _take_up(self) -> None:
+        h, x, da = zip(*self.waiting)
+        self.waiting.clear()
+        # The kernel looks for the h before step s one step before it: the second one is where step 1 would look for
+        # step 0's. A single step has no second, so that there is one more, which nothing reads.
+        before = torch.stack([*h, h[-1]], 1)[:, 1:]
+        super().add(before, before.stride(1), True, torch.stack(x, 1), None, torch.stack(da, 1), 0, len(h), None)
+
+    def results(self) -> list[Tensor]:
+        """See the base class."""
+        self._take_up()
+        return super().results()
+
+
+class _Pass:
+    """What the steps of one unrolled layer share: their weights, and the gradients of the backward pass under way."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self.task: int | None = None
+        self.gradients: DeferredGradients | None = None
+
+    def under_way(self, layer: Layer) -> DeferredGradients:
+        """The sums of this backward pass. One that never asked for the weights' gradients left its own behind."""
+        task = torch._C._current_graph_task_id()
+        if self.gradients is None or self.task != task:
+            self.task, self.gradients = task, DeferredGradients(layer, self.weights)
+        return self.gradients
+
+    def finish(self) -> list[Tensor] | None:
+        """The sums of this backward pass, None where no step was in it."""
+        gradients, self.gradients = self.gradients, None
+        return None if gradients is None or self.task != torch._C._current_graph_task_id() else gradients.results()
+
+
+class _Parameters(torch.autograd.Function):
+    """The weights' place in the autograd graph: behind every step, so that its backward comes after theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, shared: _Pass, *parameters: Tensor | None) -> Tensor:
+        """An empty tensor for each step to depend on."""
+        ctx.set_materialize_grads(False)
+        ctx.shared = shared
+        ctx.given = [p is not None for p in parameters]
+        return shared.weights.weight_ih.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients of all steps."""
+        found = ctx.shared.finish()
+        if found is None:
+            return (None, *(None for _ in ctx.given))
+        rest = iter(found)
+        return (None, *(next(rest) if given else None for given in ctx.given))
+
+
+class _Step(torch.autograd.Function):
+    """One step."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, shared: _Pass, layer: Layer, tracked: bool, parameters: Tensor, x: Tensor, h_0: Tensor, c_0: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """h_1 and c_1."""
+        keep = tracked and layer.tiles.keep_gates
+        h, c, _, gates = run_forward(layer, shared.weights, x, h_0, c_0, None, None, True, keep)
+        ctx.set_materialize_grads(False)
+        ctx.shared, ctx.layer = shared, layer
+        ctx.save_for_backward(x, h_0, c_0, gates)
+        return h.squeeze(1), c
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: Tensor | None, dc: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients of x, h_0 and c_0; those of the weights wait."""
+        if dh is None and dc is None:
+            return (None,) * 7
+        x, h_0, c_0, gates = ctx.saved_tensors
+        need_x, need_state = ctx.needs_input_grad[4], any(ctx.needs_input_grad[5:])
+        dx, dh_0, dc_0 = run_backward(
+            ctx.layer, ctx.shared.weights, ctx.shared.under_way(ctx.layer), None, dh, dc, h_0, c_0, gates,
+            x, h_0, c_0, None, None, need_x, need_state,
+        )  # fmt: skip
+        state = (dh_0, dc_0) if need_state else (None, None)
+        return (None, None, None, None, dx if need_x else None, *state)
+
+
+class Unrolled:
+    """Steps of a layer on tensors as the kernels take them; see :func:`convlstm_fish.ops.unroll`.
+
+    Args:
+        layer: of the first step.
+        parameters: weight_ih, weight_hh, bias or None, and three peepholes or None.
+    """
+
+    def __init__(self, layer: Layer, *parameters: Tensor | None) -> None:
+        self.shared = _Pass(Weights(layer, *[p if p is None else p.detach() for p in parameters]))  # type: ignore[arg-type]
+        self.parameters: Tensor = _Parameters.apply(self.shared, *parameters)
+
+    def __call__(self, layer: Layer, x: Tensor, h_0: Tensor, c_0: Tensor) -> tuple[Tensor, Tensor]:
+        """h_1 and c_1, (N, H', W', C_h), from x (N, 1, H, W, C) and the state before."""
+        tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (self.parameters, x, h_0, c_0))
+        result: tuple[Tensor, Tensor] = _Step.apply(self.shared, layer, tracked, self.parameters, x, h_0, c_0)
+        return result

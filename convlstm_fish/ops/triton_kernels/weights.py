@@ -1,0 +1,118 @@
+"""The parameters of a layer as its kernels read them, and their gradients as its backward pass adds them up."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from convlstm_fish.ops.triton_kernels.layer import Layer, can_shift, pack, peephole_kind
+from convlstm_fish.ops.triton_kernels.sums import ImageWeight, WeightSums
+from convlstm_fish.ops.triton_kernels.tuning import Tile, choose_image
+
+
+class Weights:
+    """The parameters of a layer. Each matrix that a kernel reads is packed once, when it is first asked for.
+
+    Args:
+        layer: sizes and options; those of time, clips and image do not matter here.
+        weight_ih: (4 * C_h, C, *kernel).
+        weight_hh: (4 * C_h, C_h, *kernel_h).
+        bias: (4 * C_h,) or None.
+        peephole: three weights, (C_h,) or (H', W', C_h) each, or three None.
+    """
+
+    def __init__(
+        self, layer: Layer, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, *peephole: Tensor | None
+    ) -> None:
+        self.layer, self.weight_ih, self.weight_hh, self.bias = layer, weight_ih, weight_hh, bias
+        self.peephole = peephole
+        self.peephole_kind = peephole_kind(peephole[0])
+
+    @cached_property
+    def forward(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """W_ih, W_hh and the bias for the forward step."""
+        return self._gates(self.layer.tiles.forward)
+
+    @cached_property
+    def backward(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The same for the backward step, where it computes the gates again."""
+        return (None, None, None) if self.layer.tiles.keep_gates else self._gates(self.layer.tiles.backward)
+
+    def _gates(self, tile: Tile) -> tuple[Tensor, Tensor, Tensor | None]:
+        return (
+            pack(self.weight_ih, self.layer, tile.rows_x, tile.channels, False),
+            pack(self.weight_hh, self.layer, tile.rows, tile.channels, False),
+            None if self.bias is None else pack(self.bias, self.layer, 1, tile.channels, False),
+        )
+
+    @cached_property
+    def adjoint(self) -> Tensor:
+        """W_hh for the adjoint in the backward step."""
+        tile = self.layer.tiles.backward
+        return pack(self.weight_hh, self.layer, tile.rows_back, tile.channels, True, self.layer.halo > 0)
+
+    @cached_property
+    def image_x(self) -> ImageWeight:
+        """W_ih for the gradient of the input."""
+        return self._image(self.weight_ih, self.layer.tiles.image, self.layer.convolution())
+
+    @cached_property
+    def image_h(self) -> ImageWeight:
+        """W_hh for the gradient of h_0."""
+        return self._image(self.weight_hh, None, self.layer.recurrence())
+
+    @cached_property
+    def image_both(self) -> ImageWeight:
+        """The two side by side, for a layer whose convolutions are alike."""
+        return self._image(torch.cat([self.weight_ih, self.weight_hh], 1), None, self.layer.recurrence())
+
+    def _image(self, weight: Tensor, tile: Tile | None, geometry: dict[str, int]) -> ImageWeight:
+        layer = self.layer
+        tile = tile or choose_image(weight.shape[1], layer.hidden, layer.dtype)
+        kernel = (weight.shape[2], weight.shape[3])
+        if tile.halo and not can_shift(kernel, geometry):
+            tile = tile._replace(halo=0, patch=0)
+        packed = pack(weight, layer, tile.rows_back, tile.channels, True, tile.halo > 0)
+        return ImageWeight(packed, kernel, geometry, tile)
+
+
+class Gradients:
+    """Gradients of a layer's parameters, added up step by step.
+
+    Attributes:
+        dbias: sums that the backward step adds to, one row a tile, or None without a bias.
+        dpeephole: the same of the peepholes, (N, H', W', 3, C_h), or None.
+    """
+
+    def __init__(self, layer: Layer, weights: Weights) -> None:
+        self.weights = weights
+        zeros = torch.zeros
+        self.dbias = self.dpeephole = None
+        if weights.bias is not None:
+            self.dbias = zeros(layer.clips * layer.tiles_per_image, 4 * layer.hidden, device=layer.device)
+        if weights.peephole_kind:
+            self.dpeephole = zeros(layer.clips, *layer.size, 3, layer.hidden, device=layer.device)
+        both = (weights.weight_hh, weights.weight_ih)
+        pairs = [both] if layer.tiles.weight.together else [(both[0], None), (None, both[1])]
+        self.sums = [WeightSums(layer, *pair) for pair in pairs]
+
+    def add(
+        self, h: Tensor, h_t: int, with_h: bool, x: Tensor, mask: Tensor | None, da: Tensor, first: int, steps: int,
+        lengths: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Adds the weights' gradients of some steps; see :meth:`WeightSums.add`."""
+        for each in self.sums:
+            each.add(h, h_t, with_h, x, mask, da, first, steps, lengths)
+
+    def results(self) -> list[Tensor]:
+        """The gradients of W_ih and W_hh, then of the bias and of the three peepholes, if any."""
+        dw_hh, dw_ih = (gradient for each in self.sums for gradient in each.results())
+        found = [dw_ih, dw_hh]
+        if self.dbias is not None and self.weights.bias is not None:
+            found.append(self.dbias.sum(0).to(self.weights.bias.dtype))
+        if self.dpeephole is not None:
+            summed = self.dpeephole.sum((0, 1, 2)) if self.weights.peephole_kind == 1 else self.dpeephole.sum(0)
+            found += [part.clone(memory_format=torch.contiguous_format) for part in summed.unbind(-2)]
+        return found
