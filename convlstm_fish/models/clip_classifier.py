@@ -59,12 +59,7 @@ class ClipClassifier(nn.Module):
     Inputs: video (N, T, C, H, W); lengths (N,) or None.
 
     Outputs: logits (N, num_classes).
-
-    Attributes:
-        replays: trained as CUDA graphs it is tested to get the same weights, which ``fit`` then does by default.
     """
-
-    replays = True
 
     def __init__(
         self,

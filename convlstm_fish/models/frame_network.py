@@ -26,12 +26,10 @@ class FrameNetwork(nn.Module):
 
     Attributes:
         feeds_frames_back: predicted frames are inputs of later steps, so ``forward`` takes ``future`` and ``teacher``.
-        replays: trained as CUDA graphs it is tested to get the same weights, which ``fit`` then does by default.
         predicts_context: ``forward(..., with_context=True)`` also returns predictions of the frames it is given.
     """
 
     feeds_frames_back: bool = False
-    replays: bool = False
     predicts_context: bool = False
 
     def __init__(self, in_channels: int, patch_size: int, output_activation: str) -> None:

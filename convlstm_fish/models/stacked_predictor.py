@@ -39,7 +39,6 @@ class StackedPredictor(FrameNetwork):
     """
 
     feeds_frames_back = True
-    replays = True
     predicts_context = True
 
     def __init__(

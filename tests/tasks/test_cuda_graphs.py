@@ -89,6 +89,14 @@ def test_same_weights_as_without(options: dict[str, Any]) -> None:
     "options",
     [
         {"architecture": "encoder_decoder", "hidden_channels": 8},
+        {"architecture": "encoder_forecaster", "hidden_channels": [8, 8]},
+        {
+            "architecture": "encoder_forecaster",
+            "hidden_channels": [8, 8],
+            "feedback": True,
+            "sampling_start": 1.0,
+            "sampling_steps": 20,
+        },
         {
             "architecture": "stacked",
             "hidden_channels": [8, 8],
