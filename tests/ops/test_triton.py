@@ -269,6 +269,17 @@ def test_unrolled_in_the_interpreter(name: str, poisoned: None, precision: Calla
     check_unrolled("cpu", torch.float32, UNROLLED[name], TOLERANCE["float32"])
 
 
+@interpreted
+def test_unrolled_with_room_for_few_steps(
+    poisoned: None, precision: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from convlstm_fish.ops.triton_kernels import unrolled as module
+
+    monkeypatch.setattr(module, "CHUNK_BYTES", 2 * 2 * 5 * 4 * 4 * 5 * 4)  # two steps
+    precision(False)
+    check_unrolled("cpu", torch.float32, Case(2, 5, 3, 5, 4), TOLERANCE["float32"])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", UNROLLED)

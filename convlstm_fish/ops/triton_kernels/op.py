@@ -121,7 +121,7 @@ class UnrollTriton:
             x, weight_ih, weight_hh, where.out, where.stride, [before for before, _ in where.pads], where.dilation,
             ACTIVATIONS.index(self.activation), torch.backends.cudnn.allow_tf32, False,
         )  # fmt: skip
-        key = (dtype, layer.precision, where.out, torch.is_grad_enabled())
+        key = (dtype, layer.precision, tuple(x.shape), torch.is_grad_enabled())
         if key not in self._unrolled:
             self._unrolled[key] = Unrolled(layer, weight_ih, weight_hh, bias, *_peephole(peephole, where))
         h, c = self._unrolled[key](layer, x, _channels_last(hx[0], dtype), _channels_last(hx[1], torch.float32))

@@ -11,10 +11,7 @@ from convlstm_fish.ops.triton_kernels.layer import Layer, multiprocessors, tile_
 from convlstm_fish.ops.triton_kernels.steps import backward_step, forward_step
 from convlstm_fish.ops.triton_kernels.sums import write_image_gradient
 from convlstm_fish.ops.triton_kernels.tuning import round_channels
-from convlstm_fish.ops.triton_kernels.weights import Gradients, Weights
-
-# The gates' gradients of so many bytes are kept until the weights' gradients take them up.
-CHUNK_BYTES = 512 << 20
+from convlstm_fish.ops.triton_kernels.weights import CHUNK_BYTES, Gradients, Weights
 
 
 def run_forward(
@@ -91,7 +88,7 @@ def run_backward(
     _ = dc.zero_() if dc_n is None else dc.copy_(dc_n)
     chunk = max(1, min(steps, CHUNK_BYTES // (4 * clips * numbers * x.element_size())))
     # One more than a chunk, because a step reads the da of the step after while its own chunk fills.
-    da = x.new_empty(clips, min(chunk + 1, steps), *layer.size, 4 * hidden)
+    da = gradients.room(layer, x, min(chunk + 1, steps))
     w_x, w_h, bias = weights.backward
     w_back = weights.adjoint
     # A single step's gradients of x and h_0 are one product where the convolutions are alike.

@@ -9,33 +9,43 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from convlstm_fish.ops.triton_kernels.layer import Layer
-from convlstm_fish.ops.triton_kernels.passes import CHUNK_BYTES, run_backward, run_forward
-from convlstm_fish.ops.triton_kernels.weights import Gradients, Weights
+from convlstm_fish.ops.triton_kernels.passes import run_backward, run_forward
+from convlstm_fish.ops.triton_kernels.weights import CHUNK_BYTES, Gradients, Weights
 
 
 class DeferredGradients(Gradients):
-    """Gradients whose steps are collected and added in one launch."""
+    """Gradients whose steps are collected, up to ``steps`` of them, and added in one launch."""
 
-    def __init__(self, layer: Layer, weights: Weights) -> None:
+    def __init__(self, layer: Layer, weights: Weights, steps: int) -> None:
         super().__init__(layer, weights)
-        self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.steps = steps
+        self.slots: Tensor | None = None
+        self.waiting: list[tuple[Tensor, Tensor]] = []
+
+    def room(self, layer: Layer, x: Tensor, steps: int) -> Tensor:
+        """The next of the slots for a step's gradients of the gates."""
+        if self.slots is None:
+            one = 4 * layer.clips * layer.size[0] * layer.size[1] * layer.hidden * x.element_size()
+            self.slots = super().room(layer, x, max(1, min(self.steps, CHUNK_BYTES // one)))
+        if len(self.waiting) == self.slots.shape[1]:
+            self._take_up()
+        return self.slots[:, len(self.waiting) :][:, :1]
 
     def add(
         self, h: Tensor, h_t: int, with_h: bool, x: Tensor, mask: Tensor | None, da: Tensor, first: int, steps: int,
         lengths: Tensor | None,
     ) -> None:  # fmt: skip
-        """Keeps h, x and da of one step."""
-        self.waiting.append((h, x[:, 0], da[:, 0]))
-        if sum(each[2].nbytes for each in self.waiting) >= CHUNK_BYTES:
-            self._take_up()
+        """Keeps h and x of one step, whose da lies in its slot."""
+        self.waiting.append((h, x[:, 0]))
 
     def _take_up(self) -> None:
-        h, x, da = zip(*self.waiting)
+        h, x = zip(*self.waiting)
         self.waiting.clear()
+        assert self.slots is not None
         # The kernel looks for the h before step s one step before it: the second one is where step 1 would look for
         # step 0's. A single step has no second, so that there is one more, which nothing reads.
         before = torch.stack([*h, h[-1]], 1)[:, 1:]
-        super().add(before, before.stride(1), True, torch.stack(x, 1), None, torch.stack(da, 1), 0, len(h), None)
+        super().add(before, before.stride(1), True, torch.stack(x, 1), None, self.slots, 0, len(h), None)
 
     def results(self) -> list[Tensor]:
         """See the base class."""
@@ -48,6 +58,7 @@ class _Pass:
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
+        self.steps = 0
         self.task: int | None = None
         self.gradients: DeferredGradients | None = None
 
@@ -55,7 +66,7 @@ class _Pass:
         """The sums of this backward pass. One that never asked for the weights' gradients left its own behind."""
         task = torch._C._current_graph_task_id()
         if self.gradients is None or self.task != task:
-            self.task, self.gradients = task, DeferredGradients(layer, self.weights)
+            self.task, self.gradients = task, DeferredGradients(layer, self.weights, self.steps)
         return self.gradients
 
     def finish(self) -> list[Tensor] | None:
@@ -94,6 +105,7 @@ class _Step(torch.autograd.Function):
         ctx: Any, shared: _Pass, layer: Layer, tracked: bool, parameters: Tensor, x: Tensor, h_0: Tensor, c_0: Tensor
     ) -> tuple[Tensor, Tensor]:
         """h_1 and c_1."""
+        shared.steps += tracked
         keep = tracked and layer.tiles.keep_gates
         h, c, _, gates = run_forward(layer, shared.weights, x, h_0, c_0, None, None, True, keep)
         ctx.set_materialize_grads(False)

@@ -11,6 +11,9 @@ from convlstm_fish.ops.triton_kernels.layer import Layer, can_shift, pack, peeph
 from convlstm_fish.ops.triton_kernels.sums import ImageWeight, WeightSums
 from convlstm_fish.ops.triton_kernels.tuning import Tile, choose_image
 
+# The gates' gradients of so many bytes are kept until the weights' gradients take them up.
+CHUNK_BYTES = 512 << 20
+
 
 class Weights:
     """The parameters of a layer. Each matrix that a kernel reads is packed once, when it is first asked for.
@@ -97,6 +100,10 @@ class Gradients:
         both = (weights.weight_hh, weights.weight_ih)
         pairs = [both] if layer.tiles.weight.together else [(both[0], None), (None, both[1])]
         self.sums = [WeightSums(layer, *pair) for pair in pairs]
+
+    def room(self, layer: Layer, x: Tensor, steps: int) -> Tensor:
+        """Memory for the gates' gradients of so many steps."""
+        return x.new_empty(layer.clips, steps, *layer.size, 4 * layer.hidden)
 
     def add(
         self, h: Tensor, h_t: int, with_h: bool, x: Tensor, mask: Tensor | None, da: Tensor, first: int, steps: int,
