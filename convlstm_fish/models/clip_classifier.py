@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convlstm_fish.layers import ConvLSTM, MaxPool2d, TimeDistributed
+from convlstm_fish.layers import BatchNorm2d, ConvLSTM, MaxPool2d, TimeDistributed
 from convlstm_fish.layers.conv_lstm_cell import ConvLSTMCell
 from convlstm_fish.ops.geometry import Padding
 
@@ -142,7 +142,7 @@ class ClipClassifier(nn.Module):
             self.layers.append(layer)
             self.pools.append(MaxPool2d(pool, backend=backend) if pool else nn.Identity())
             self.norms.append(
-                nn.BatchNorm2d(width, batch_norm_eps, batch_norm_momentum, affine=batch_norm_affine)
+                BatchNorm2d(width, batch_norm_eps, batch_norm_momentum, affine=batch_norm_affine, backend=backend)
                 if norm
                 else nn.Identity()
             )

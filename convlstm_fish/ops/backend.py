@@ -207,17 +207,73 @@ def max_pool(frames: Tensor, size: int, *, backend: str = "auto") -> Tensor:
         ValueError: an unknown backend.
         RuntimeError: ``backend="triton"`` on frames that the kernel cannot pool.
     """
+    if _takes_kernel(frames, backend, "pool"):
+        from convlstm_fish.ops.triton_kernels import max_pool_triton
+
+        return max_pool_triton(frames, size)
+    return F.max_pool2d(frames, size)
+
+
+def batch_norm(
+    frames: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> Tensor:
+    """torch.nn.functional.batch_norm(frames, ...), for frames between two ConvLSTM layers.
+
+    Args:
+        frames: (F, C, H, W).
+        running_mean, running_var: (C,); in training they move by ``momentum`` towards the frames' own.
+        weight, bias: (C,) or None.
+        training: normalise with the frames' own mean and variance, not with the running ones.
+        eps: added to the variance.
+        backend: as in :func:`max_pool`.
+
+    Returns:
+        (F, C, H, W).
+
+    Raises:
+        ValueError: an unknown backend; in training, frames with a single value a channel.
+        RuntimeError: ``backend="triton"`` on frames that the kernels cannot normalise.
+    """
+    pixels = frames.numel() // frames.shape[1]
+    own = training or running_mean is None or running_var is None
+    tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (frames, weight, bias))
+    if not _takes_kernel(frames, backend, "normalise") or (pixels < 2 if own else tracked):
+        return F.batch_norm(frames, running_mean, running_var, weight, bias, training, momentum, eps)
+    from convlstm_fish.ops.triton_kernels import batch_norm_triton, scale_triton
+
+    if not own:
+        a = (running_var.float() + eps).rsqrt() * (1.0 if weight is None else weight.float())  # type: ignore[union-attr]
+        b = -running_mean.float() * a + (0.0 if bias is None else bias.float())  # type: ignore[union-attr]
+        return scale_triton(frames, a, b)
+    result, mean, variance = batch_norm_triton(frames, weight, bias, eps)
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((variance * (pixels / (pixels - 1))).to(running_var.dtype), momentum)
+    return result
+
+
+def _takes_kernel(frames: Tensor, backend: str, what: str) -> bool:
+    """Whether a kernel of frames runs: where they are on a GPU as the Triton ConvLSTM leaves them, or it is named."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     as_left = frames.device.type == "cuda" and frames.is_contiguous(memory_format=torch.channels_last)
-    if backend == "triton" or (backend == "auto" and _HAS_TRITON and as_left and not exporting()):
-        if not _HAS_TRITON:
-            raise RuntimeError("backend='triton' cannot pool: triton is not installed")
-        from convlstm_fish.ops.triton_kernels import max_pool_triton, pool_unsupported
+    if backend == "reference" or (backend == "auto" and not (_HAS_TRITON and as_left and not exporting())):
+        return False
+    if not _HAS_TRITON:
+        raise RuntimeError(f"backend='triton' cannot {what}: triton is not installed")
+    from convlstm_fish.ops.triton_kernels import frames_unsupported
 
-        reason = pool_unsupported(frames)
-        if reason is None:
-            return max_pool_triton(frames, size)
-        if backend == "triton":
-            raise RuntimeError(f"backend='triton' cannot pool: {reason}")
-    return F.max_pool2d(frames, size)
+    reason = frames_unsupported(frames)
+    if reason is not None and backend == "triton":
+        raise RuntimeError(f"backend='triton' cannot {what}: {reason}")
+    return reason is None

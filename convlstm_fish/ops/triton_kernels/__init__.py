@@ -1,6 +1,15 @@
 """The ConvLSTM in Triton: kernels of one step, of the gradients over all steps, and the operators made of them."""
 
+from convlstm_fish.ops.triton_kernels.batch_norm import batch_norm_triton, scale_triton
 from convlstm_fish.ops.triton_kernels.op import UnrollTriton, conv_lstm_triton, unsupported
-from convlstm_fish.ops.triton_kernels.pooling import max_pool_triton, pool_unsupported
+from convlstm_fish.ops.triton_kernels.pooling import frames_unsupported, max_pool_triton
 
-__all__ = ["UnrollTriton", "conv_lstm_triton", "max_pool_triton", "pool_unsupported", "unsupported"]
+__all__ = [
+    "UnrollTriton",
+    "batch_norm_triton",
+    "conv_lstm_triton",
+    "frames_unsupported",
+    "max_pool_triton",
+    "scale_triton",
+    "unsupported",
+]

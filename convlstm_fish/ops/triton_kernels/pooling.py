@@ -117,12 +117,12 @@ def _gradient(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
 _pool.register_autograd(_gradient, setup_context=_setup_context)
 
 
-def pool_unsupported(frames: Tensor) -> str | None:
-    """Why :func:`max_pool_triton` cannot run on these frames (F, C, H, W), or None if it can."""
+def frames_unsupported(frames: Tensor) -> str | None:
+    """Why the kernels of frames (F, C, H, W) cannot run on these, or None if they can."""
     if frames.device.type != "cuda" and not triton.knobs.runtime.interpret:
         return f"the frames are on {frames.device.type}, not on a CUDA GPU"
     if frames.dim() != 4 or frames.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"the Triton kernel pools (F, C, H, W) in 16 or 32 bits, not {frames.dim()} dimensions of {frames.dtype}"
+        return f"the Triton kernels take (F, C, H, W) in 16 or 32 bits, not {frames.dim()} dimensions of {frames.dtype}"
     if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
         return "torch.func transforms do not see through the Triton kernels"
     return None
