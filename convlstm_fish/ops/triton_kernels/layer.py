@@ -100,6 +100,11 @@ class Layer(NamedTuple):
         return tile_count(self.size, tile.pixels, tile.patch, self.halo)
 
     @property
+    def gate_dtype(self) -> torch.dtype:
+        """Of gates that are kept: they lie within 1, where float16 is the finer of the two 16-bit formats."""
+        return gate_dtype(self.dtype)
+
+    @property
     def precision(self) -> str:
         return "tf32" if self.tf32 and self.dtype == torch.float32 else "ieee"
 
@@ -155,6 +160,10 @@ def pack(weight: Tensor, layer: Layer, rows: int, block: int, transposed: bool, 
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; elsewhere, where the kernels are interpreted, a few."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def gate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float16 if dtype == torch.bfloat16 else dtype
 
 
 def peephole_kind(weight: Tensor | None) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convlstm_fish.ops.triton_kernels.layer import make_layer
+from convlstm_fish.ops.triton_kernels.layer import gate_dtype, make_layer
 from convlstm_fish.ops.triton_kernels.passes import run_backward, run_forward
 from convlstm_fish.ops.triton_kernels.tuning import choose
 from convlstm_fish.ops.triton_kernels.weights import Gradients, Weights
@@ -63,7 +63,7 @@ def _(
         x.new_empty((clips, *frame)),
         x.new_empty((clips, *frame), dtype=torch.float32),
         x.new_empty((clips, steps, *frame) if keep_c else (0,)),
-        x.new_empty((clips, steps, *size, 4 * frame[2]) if keep_gates else (0,)),
+        x.new_empty((clips, steps, *size, 4 * frame[2]) if keep_gates else (0,), dtype=gate_dtype(x.dtype)),
     )
 
 

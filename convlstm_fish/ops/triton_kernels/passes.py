@@ -22,7 +22,7 @@ def run_forward(
 
     Returns:
         h of every step (N, T, H', W', C_h), or without ``keep_h`` (N, 2, H', W', C_h), where step s lies at s % 2; c_n;
-        and for the backward pass, in the dtype of x and empty without ``keep_c``, c of every step and for wide layers
+        and for the backward pass, empty without ``keep_c``, c of every step and for wide layers
         the gates (N, T, H', W', 4 * C_h).
     """
     tile = layer.tiles.forward
@@ -33,7 +33,7 @@ def run_forward(
     h = x.new_empty(clips, steps if keep_h else 2, *frame)
     cells = x.new_empty((clips, steps, *frame) if keep_c else (0,))
     keep_gates = keep_c and layer.tiles.keep_gates
-    gates = x.new_empty((clips, steps, *layer.size, 4 * layer.hidden) if keep_gates else (0,))
+    gates = x.new_empty((clips, steps, *layer.size, 4 * layer.hidden) if keep_gates else (0,), dtype=layer.gate_dtype)
     c = x.new_empty((clips, *frame), dtype=torch.float32)
     if not keep_h and lengths is not None:
         h.zero_()

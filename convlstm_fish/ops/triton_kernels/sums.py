@@ -82,12 +82,15 @@ class WeightSums:
 
 
 def _fill(layer: Layer, tile: Tile, size: tuple[int, int], channels: int, steps: int) -> Tile:
-    """The tile cut smaller where there are fewer of them than multiprocessors."""
-    for change in ({"channels": 64}, {"pixels": 64}, {"channels": 32}):
+    """The tile cut smaller where there are clearly fewer of them than multiprocessors."""
+    # Half the pixels leave room for twice as many rows at a time.
+    rows = 128 if round_channels(4 * layer.hidden) % 128 == 0 and tile.channels >= 64 else tile.rows_back
+    for change in ({"pixels": 64, "rows_back": rows}, {"channels": 64}, {"channels": 32}):
         tiles = tile_count(size, tile.pixels, tile.patch) * triton.cdiv(channels, tile.channels)
-        if tiles * layer.clips * steps >= multiprocessors(layer.device):
+        if 10 * tiles * layer.clips * steps >= 9 * multiprocessors(layer.device):
             break
-        tile = tile._replace(**{name: min(getattr(tile, name), value) for name, value in change.items()})
+        if change.get("channels", 0) < tile.channels:
+            tile = tile._replace(**change)
     return tile
 
 
