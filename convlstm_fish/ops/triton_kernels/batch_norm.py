@@ -73,20 +73,88 @@ def scale_and_shift(
     tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _add_up(sums_ptr, programs, ch, C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr):
+    """The two sums per channel, over all portions in one order, in float64."""
+    first = tl.zeros((CP,), dtype=tl.float64)
+    second = tl.zeros((CP,), dtype=tl.float64)
+    for at in range(0, programs, ROWS):
+        row = at + tl.arange(0, ROWS)
+        mask = (row < programs)[:, None] & (ch < C)[None, :]
+        source = sums_ptr + row[:, None] * (2 * C) + ch[None, :]
+        first += tl.sum(tl.load(source, mask=mask, other=0.0).to(tl.float64), axis=0)
+        second += tl.sum(tl.load(source + C, mask=mask, other=0.0).to(tl.float64), axis=0)
+    return first, second
+
+
+@triton.jit(do_not_specialize=["programs", "pixels"])
+def finish_forward(
+    sums_ptr, x_ptr, weight_ptr, bias_ptr, out_ptr, programs, pixels, eps,
+    C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Mean, biased variance and 1 / std per channel, then y's a and b in y = a ∘ x + b: five rows of C."""
+    ch = tl.arange(0, CP)
+    mask = ch < C
+    first, second = _add_up(sums_ptr, programs, ch, C, CP, ROWS)
+    first = first / pixels
+    mean = first + tl.load(x_ptr + ch, mask=mask, other=0.0).to(tl.float64)
+    variance = tl.maximum(second / pixels - first * first, 0.0)
+    invstd = 1.0 / tl.sqrt(variance + eps)
+    a = invstd
+    if HAS_WEIGHT:
+        a = a * tl.load(weight_ptr + ch, mask=mask, other=0.0).to(tl.float64)
+    b = -mean * a
+    if HAS_BIAS:
+        b = b + tl.load(bias_ptr + ch, mask=mask, other=0.0).to(tl.float64)
+    tl.store(out_ptr + ch, mean.to(tl.float32), mask=mask)
+    tl.store(out_ptr + C + ch, variance.to(tl.float32), mask=mask)
+    tl.store(out_ptr + 2 * C + ch, invstd.to(tl.float32), mask=mask)
+    tl.store(out_ptr + 3 * C + ch, a.to(tl.float32), mask=mask)
+    tl.store(out_ptr + 4 * C + ch, b.to(tl.float32), mask=mask)
+
+
+@triton.jit(do_not_specialize=["programs", "pixels"])
+def finish_backward(
+    sums_ptr, weight_ptr, moments_ptr, out_ptr, programs, pixels,
+    C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """The sums of dy and of dy ∘ x̂, then dx's a, b and c in dx = a ∘ x + b + c ∘ dy: five rows of C.
+
+    With x̂ = (x - mean) / std: dx = w / std ∘ (dy - mean(dy) - x̂ ∘ mean(dy ∘ x̂)).
+    """
+    ch = tl.arange(0, CP)
+    mask = ch < C
+    dbias, dweight = _add_up(sums_ptr, programs, ch, C, CP, ROWS)
+    mean = tl.load(moments_ptr + ch, mask=mask, other=0.0).to(tl.float64)
+    invstd = tl.load(moments_ptr + 2 * C + ch, mask=mask, other=0.0).to(tl.float64)
+    c = invstd
+    if HAS_WEIGHT:
+        c = c * tl.load(weight_ptr + ch, mask=mask, other=0.0).to(tl.float64)
+    a = -c * invstd * dweight / pixels
+    b = -a * mean - c * dbias / pixels
+    tl.store(out_ptr + ch, dbias.to(tl.float32), mask=mask)
+    tl.store(out_ptr + C + ch, dweight.to(tl.float32), mask=mask)
+    tl.store(out_ptr + 2 * C + ch, a.to(tl.float32), mask=mask)
+    tl.store(out_ptr + 3 * C + ch, b.to(tl.float32), mask=mask)
+    tl.store(out_ptr + 4 * C + ch, c.to(tl.float32), mask=mask)
+
+
 def _sizes(x: Tensor) -> tuple[int, dict[str, int]]:
+    """Pixels of x (frames, H, W, C), and what the kernels know when they are compiled."""
     channels = x.shape[-1]
     padded = triton.next_power_of_2(channels)
     return x.numel() // channels, {"C": channels, "CP": padded, "ROWS": max(1, _NUMBERS // padded)}
 
 
-def _sums(x: Tensor, dy: Tensor | None, mean: Tensor | None, invstd: Tensor | None) -> Tensor:
-    """(2, C) in float64, from portions that are added in one order."""
+def _sums(x: Tensor, dy: Tensor | None, moments: Tensor | None) -> Tensor:
+    """Two sums of each portion, (portions, 2, C)."""
     pixels, constants = _sizes(x)
     programs = min(4 * multiprocessors(x.device), triton.cdiv(pixels, constants["ROWS"]))
     sums = torch.empty(programs, 2, constants["C"], dtype=torch.float32, device=x.device)
+    mean, invstd = (None, None) if moments is None else (moments[0], moments[2])
     args = (x, dy, sums, mean, invstd, pixels, triton.cdiv(pixels, programs))
     launch(sum_pairs, (programs,), args, constants | {"BACKWARD": dy is not None}, num_warps=4)
-    return sums.sum(0, dtype=torch.float64)
+    return sums
 
 
 def _affine(x: Tensor, dy: Tensor | None, a: Tensor, b: Tensor, c: Tensor | None) -> Tensor:
@@ -99,60 +167,52 @@ def _affine(x: Tensor, dy: Tensor | None, a: Tensor, b: Tensor, c: Tensor | None
 
 
 @torch.library.custom_op("convlstm_fish::batch_norm", mutates_args=())
-def _normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and mean and biased variance of the channels, of x (frames, H, W, C) contiguous."""
-    pixels = x.numel() // x.shape[-1]
-    first, second = _sums(x, None, None, None) / pixels
-    mean = x[0, 0, 0].double() + first
-    variance = (second - first * first).clamp_(min=0)
-    a = (variance + eps).rsqrt() * (1.0 if weight is None else weight)
-    b = -mean * a if bias is None else bias - mean * a
-    return _affine(x, None, a.float(), b.float(), None), mean.float(), variance.float()
+def _normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """y of x (frames, H, W, C) contiguous; and (5, C), of which the first rows are mean and biased variance."""
+    pixels, constants = _sizes(x)
+    sums = _sums(x, None, None)
+    moments = torch.empty(5, constants["C"], dtype=torch.float32, device=x.device)
+    args = (sums, x, weight, bias, moments, sums.shape[0], pixels, eps)
+    constants |= {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
+    launch(finish_forward, (1,), args, constants, num_warps=4)
+    return _affine(x, None, moments[3], moments[4], None), moments
 
 
 @_normalise.register_fake
-def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    one = x.new_empty(x.shape[-1], dtype=torch.float32)
-    return torch.empty_like(x), one, torch.empty_like(one)
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(5, x.shape[-1], dtype=torch.float32)
 
 
 @torch.library.custom_op("convlstm_fish::batch_norm_backward", mutates_args=())
-def _gradients(
-    x: Tensor, dy: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """dx; and (2, C) the sums of dy and of dy ∘ x̂, which are the gradients of bias and weight."""
-    pixels = x.numel() // x.shape[-1]
+def _gradients(x: Tensor, dy: Tensor, weight: Tensor | None, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """dx; and (5, C), of which the first rows are the gradients of bias and weight."""
+    pixels, constants = _sizes(x)
     dy = dy.contiguous()
-    invstd = (variance + eps).rsqrt()
-    sums = _sums(x, dy, mean, invstd).float()
-    dbias, dweight = sums
-    # With x̂ = (x - mean) / std: dx = w / std ∘ (dy - mean(dy) - x̂ ∘ mean(dy ∘ x̂))
-    c = invstd if weight is None else invstd * weight.float()
-    a = -c * invstd * dweight / pixels
-    return _affine(x, dy, a, -a * mean - c * dbias / pixels, c), sums
+    sums = _sums(x, dy, moments)
+    found = torch.empty_like(moments)
+    args = (sums, weight, moments, found, sums.shape[0], pixels)
+    launch(finish_backward, (1,), args, constants | {"HAS_WEIGHT": weight is not None}, num_warps=4)
+    return _affine(x, dy, found[2], found[3], found[4]), found
 
 
 @_gradients.register_fake
-def _(
-    x: Tensor, dy: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), mean.new_empty(2, mean.shape[0])
+def _(x: Tensor, dy: Tensor, weight: Tensor | None, moments: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(moments)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, ctx.eps = inputs
-    _, mean, variance = output
-    ctx.mark_non_differentiable(mean, variance)
+    x, weight, bias, _ = inputs
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, mean, variance)
+    ctx.save_for_backward(x, weight, output[1])
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _gradient(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    x, weight, mean, variance = ctx.saved_tensors
+    x, weight, moments = ctx.saved_tensors
     if dy is None:
         return None, None, None, None
-    dx, (dbias, dweight) = _gradients(x, dy, weight, mean, variance, ctx.eps)
+    dx, (dbias, dweight, *_rest) = _gradients(x, dy, weight, moments)
     return (
         dx,
         None if weight is None else dweight.to(weight.dtype),
@@ -179,8 +239,8 @@ def batch_norm_triton(
 
     Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), algorithm 1.
     """
-    y, mean, variance = _normalise(frames.permute(0, 2, 3, 1).contiguous(), weight, bias, eps)
-    return y.permute(0, 3, 1, 2), mean, variance
+    y, moments = _normalise(frames.permute(0, 2, 3, 1).contiguous(), weight, bias, eps)
+    return y.permute(0, 3, 1, 2), moments[0], moments[1]
 
 
 def scale_triton(frames: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ from convlstm_fish.ops.triton_kernels.launch import launch
 from convlstm_fish.ops.triton_kernels.layer import Layer, multiprocessors, tile_count
 from convlstm_fish.ops.triton_kernels.tuning import Tile, round_channels
 
-# Programs that share the sum of a weight's gradient: as many as the larger GPUs run at a time. A wide layer's take more
-# of a multiprocessor, and each portion of its sums is megabytes that have to be added up.
-_PROGRAMS, _PROGRAMS_WIDE = 528, 264
+# Programs that share the sum of a weight's gradient: as many as the larger GPUs run at a time. Each portion of it has
+# sums of its own, up to megabytes, that have to be added up.
+_PROGRAMS = 264
 
 
 class WeightSums:
@@ -33,8 +33,7 @@ class WeightSums:
         columns = 4 * layer.hidden
         self.column_blocks = triton.cdiv(columns, tile.columns)
         self.tiles_per_image = tile_count(layer.size, tile.pixels, tile.patch)
-        programs = _PROGRAMS if layer.hidden < 64 else _PROGRAMS_WIDE
-        self.portions = max(1, min(self.tiles_per_image * layer.clips, programs // (self.groups * self.column_blocks)))
+        self.portions = max(1, min(self.tiles_per_image * layer.clips, _PROGRAMS // (self.groups * self.column_blocks)))
         device = layer.device
         self.sums = torch.empty(self.portions, blocks * tile.rows, columns, dtype=torch.float32, device=device)
         self.fresh = True
