@@ -20,6 +20,7 @@ ROWS = {
     "training_step_4_bfloat16": "visionary-serenity, training, batch 4",
     "inference_64_bfloat16": "visionary-serenity, inference, batch 64",
     "frame_prediction_holmdk_16_bfloat16": "encoder-decoder, training, batch 16",
+    "frame_prediction_holmdk_128_bfloat16": "encoder-decoder, training, batch 128",
     "frame_prediction_openstl_16_bfloat16": "ConvLSTM-S, training, batch 16",
     "frame_prediction_openstl_128_bfloat16": "ConvLSTM-S, training, batch 128",
     "training_step_4_float32_cpu": "visionary-serenity, training, batch 4, float32",
