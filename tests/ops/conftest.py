@@ -1,8 +1,11 @@
-"""Memory in which an element that nobody writes is seen."""
+"""Memory in which an element that nobody writes is seen, and Triton's interpreter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -16,3 +19,16 @@ def poisoned() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def interpret() -> Callable[[str], None]:
+    """Runs the tests of a file that need no GPU in Triton's interpreter, which is chosen before Triton is imported."""
+
+    def run(file: str) -> None:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", file]
+        done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "passed" in done.stdout
+
+    return run
