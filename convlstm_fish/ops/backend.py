@@ -246,7 +246,8 @@ def batch_norm(
     pixels = frames.numel() // frames.shape[1]
     own = training or running_mean is None or running_var is None
     tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (frames, weight, bias))
-    if not _takes_kernel(frames, backend, "normalise") or (pixels < 2 if own else tracked):
+    plain = pixels < 2 if own else tracked or torch.compiler.is_compiling()
+    if not _takes_kernel(frames, backend, "normalise") or plain:
         return F.batch_norm(frames, running_mean, running_var, weight, bias, training, momentum, eps)
     from convlstm_fish.ops.triton_kernels import batch_norm_triton, scale_triton
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
 
+from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 from convlstm_fish.ops.triton_kernels import max_pool_triton
-from convlstm_fish.ops.triton_kernels.launch import _form
+from convlstm_fish.ops.triton_kernels.launch import _form, launch
 
 
 def test_a_form_is_told_by_dtype_alignment_and_value() -> None:
@@ -24,6 +28,35 @@ def test_a_form_is_told_by_dtype_alignment_and_value() -> None:
     assert _form(16, True) != _form(17, True)
     assert _form(16, False) == _form(17, False)
     assert _form(16, False) != _form(1 << 31, False)
+
+
+class Greedy:
+    """A kernel that fits with two stages of each kind."""
+
+    arg_names = ("x", "STAGES", "STAGES_BACK", "BM")
+
+    def __init__(self, least: int) -> None:
+        self.least, self.tried = least, list[tuple[int, int]]()
+
+    def fn(self) -> None:
+        """What a compiled form is remembered by."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def start(x: Tensor, *, STAGES: int, STAGES_BACK: int, BM: int, **options: Any) -> None:
+            self.tried.append((STAGES, STAGES_BACK))
+            if max(STAGES, STAGES_BACK) > self.least:
+                raise OutOfResources(200 << 10, 99 << 10, "shared memory")
+
+        return start
+
+
+def test_less_shared_memory_takes_fewer_stages() -> None:
+    kernel, constants = Greedy(2), {"STAGES": 4, "STAGES_BACK": 3, "BM": 64}
+    launch(kernel, (1,), (torch.zeros(1),), constants, 4)
+    assert kernel.tried == [(4, 3), (3, 2), (2, 2)]
+    assert constants["STAGES"] == 4
+    with pytest.raises(OutOfResources, match="shared memory"):
+        launch(Greedy(1), (1,), (torch.zeros(1),), constants, 4)
 
 
 @pytest.mark.gpu

@@ -289,15 +289,17 @@ def test_unrolled_passes_stand_alone(precision: Callable[[bool], None]) -> None:
     precision(False)
     a = {k: v.float().requires_grad_() for k, v in make(UNROLLED["plain"])["arguments"].items()}
     step = unroll(a["weight_ih"], a["weight_hh"], backend="triton")
-    state = (a["h_0"], a["c_0"])
+    frozen = unroll(a["weight_ih"].detach(), a["weight_hh"].detach(), backend="triton")
+    state = fixed = (a["h_0"], a["c_0"])
     for t in range(2):
-        state = step(a["x"][:, t], state)
+        state, fixed = step(a["x"][:, t], state), frozen(a["x"][:, t], fixed)
     total = state[0].square().sum()
     weights = [a["weight_ih"], a["weight_hh"]]
-    torch.autograd.grad(total, a["x"], retain_graph=True)  # leaves the weights' part of the pass undone
-    first = torch.autograd.grad(total, weights, retain_graph=True)
-    again = torch.autograd.grad(total, weights)
-    for one, other in zip(first, again):
+    # Leaves the weights' part of the pass undone.
+    (dx,) = torch.autograd.grad(total, a["x"], retain_graph=True)
+    assert torch.equal(dx, torch.autograd.grad(fixed[0].square().sum(), a["x"])[0])
+    once = torch.autograd.grad(total, weights, retain_graph=True)
+    for one, other in zip(once, torch.autograd.grad(total, weights)):
         assert torch.equal(one, other)
     with torch.no_grad():
         a["weight_hh"].mul_(2)

@@ -157,9 +157,7 @@ def split_parts(z, BM: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def hold_weight(
-    weight, columns, ldw, BLOCKS: tl.constexpr, BK: tl.constexpr
-):  # fmt: skip
+def hold_weight(weight, columns, ldw, BLOCKS: tl.constexpr, BK: tl.constexpr):
     """All blocks of BK rows of weight[:, columns], for a program that multiplies many tiles with them."""
     at = weight + tl.arange(0, BK)[:, None] * ldw + columns[None, :]
     blocks = ()

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.runtime.errors import OutOfResources
 
 _INT32 = 1 << 31
+# How many blocks a kernel copies ahead into shared memory.
+_STAGES = ("STAGES", "STAGES_BACK")
 # Forms that are remembered; each shape of the tensors makes a few. Past it all are asked for again.
 _MOST = 4096
-_forms: dict[tuple[Any, ...], CompiledKernel] = {}
+_forms: dict[tuple[Any, ...], tuple[CompiledKernel, tuple[Any, ...]]] = {}
 
 
 def _form(value: Any, specialised: bool) -> Any:
@@ -37,6 +40,8 @@ def launch(
         constants: the compile-time constants by name.
         num_warps: warps of a program.
         registers: at most so many of a thread; 0 leaves it to the compiler.
+
+    Where the GPU has too little shared memory, fewer stages are tried.
     """
     values = tuple(constants[name] for name in kernel.arg_names[len(args) :])
     # An interpreted kernel has no such list, and no compiled form either.
@@ -44,12 +49,20 @@ def launch(
     form = tuple(_form(value, name not in loose) for name, value in zip(kernel.arg_names, args))
     device = torch.cuda.current_device() if torch.cuda.is_available() else -1
     key = (kernel.fn, device, num_warps, registers, values, form)
-    compiled = _forms.get(key)
-    if compiled is not None:
-        compiled[(*grid, 1, 1)[:3]](*args, *values)
+    known = _forms.get(key)
+    if known is not None:
+        known[0][(*grid, 1, 1)[:3]](*args, *known[1])
         return
-    compiled = kernel[grid](*args, **constants, num_warps=num_warps, maxnreg=registers or None)
+    while True:
+        try:
+            compiled = kernel[grid](*args, **constants, num_warps=num_warps, maxnreg=registers or None)
+            break
+        except OutOfResources:  # the stages were found on GPUs with more shared memory
+            fewer = {name: constants[name] - 1 for name in _STAGES if constants.get(name, 0) > 2}
+            if not fewer:
+                raise
+            constants = {**constants, **fewer}
     if isinstance(compiled, CompiledKernel):
         if len(_forms) >= _MOST:
             _forms.clear()
-        _forms[key] = compiled
+        _forms[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])

@@ -100,11 +100,6 @@ class Layer(NamedTuple):
         return tile_count(self.size, tile.pixels, tile.patch, self.halo)
 
     @property
-    def gate_dtype(self) -> torch.dtype:
-        """Of gates that are kept: they lie within 1, where float16 is the finer of the two 16-bit formats."""
-        return gate_dtype(self.dtype)
-
-    @property
     def precision(self) -> str:
         return "tf32" if self.tf32 and self.dtype == torch.float32 else "ieee"
 
@@ -163,6 +158,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def gate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of gates that are kept: they lie within 1, where float16 is the finer of the two 16-bit formats."""
     return torch.float16 if dtype == torch.bfloat16 else dtype
 
 

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from convlstm_fish.ops.triton_kernels.launch import launch
-from convlstm_fish.ops.triton_kernels.layer import Layer, multiprocessors, tile_count
+from convlstm_fish.ops.triton_kernels.layer import Layer, gate_dtype, multiprocessors, tile_count
 from convlstm_fish.ops.triton_kernels.steps import backward_step, forward_step
 from convlstm_fish.ops.triton_kernels.sums import write_image_gradient
 from convlstm_fish.ops.triton_kernels.tuning import round_channels
@@ -22,8 +22,8 @@ def run_forward(
 
     Returns:
         h of every step (N, T, H', W', C_h), or without ``keep_h`` (N, 2, H', W', C_h), where step s lies at s % 2; c_n;
-        and for the backward pass, empty without ``keep_c``, c of every step and for wide layers
-        the gates (N, T, H', W', 4 * C_h).
+        and for the backward pass, empty without ``keep_c``, c of every step and for wide layers the gates
+        (N, T, H', W', 4 * C_h).
     """
     tile = layer.tiles.forward
     clips, steps = layer.clips, layer.steps
@@ -33,7 +33,8 @@ def run_forward(
     h = x.new_empty(clips, steps if keep_h else 2, *frame)
     cells = x.new_empty((clips, steps, *frame) if keep_c else (0,))
     keep_gates = keep_c and layer.tiles.keep_gates
-    gates = x.new_empty((clips, steps, *layer.size, 4 * layer.hidden) if keep_gates else (0,), dtype=layer.gate_dtype)
+    kept = (clips, steps, *layer.size, 4 * layer.hidden) if keep_gates else (0,)
+    gates = x.new_empty(kept, dtype=gate_dtype(layer.dtype))
     c = x.new_empty((clips, *frame), dtype=torch.float32)
     if not keep_h and lengths is not None:
         h.zero_()
@@ -42,11 +43,10 @@ def run_forward(
     items = tiles * triton.cdiv(layer.hidden, tile.channels) * clips
     programs = min(items, tile.held * multiprocessors(layer.device)) if tile.held else items
     constants = layer.constants() | {
-        "tiles": tiles, "HELD": tile.held > 0,
-        "ldw": w_h.shape[1], "PEEPHOLE": weights.peephole_kind, "HAS_BIAS": bias is not None,
-        "HAS_MASK": mask is not None, "HAS_LENGTHS": lengths is not None, "SAVE_C": keep_c, "SAVE_GATES": keep_gates,
-        "ZERO_REST": keep_h, "BM": tile.pixels, "BC": tile.channels, "BK": tile.rows, "BKX": tile.rows_x,
-        "TW": tile.patch, "STAGES": tile.stages,
+        "tiles": tiles, "HELD": tile.held > 0, "ldw": w_h.shape[1], "PEEPHOLE": weights.peephole_kind,
+        "HAS_BIAS": bias is not None, "HAS_MASK": mask is not None, "HAS_LENGTHS": lengths is not None,
+        "SAVE_C": keep_c, "SAVE_GATES": keep_gates, "ZERO_REST": keep_h, "BM": tile.pixels, "BC": tile.channels,
+        "BK": tile.rows, "BKX": tile.rows_x, "TW": tile.patch, "STAGES": tile.stages,
     }  # fmt: skip
     factor = x if mask is None else mask  # a pointer that is only read with HAS_MASK
     for s in range(steps):

@@ -14,11 +14,11 @@ from convlstm_fish.ops.triton_kernels.weights import CHUNK_BYTES, Gradients, Wei
 
 
 class DeferredGradients(Gradients):
-    """Gradients whose steps are collected, up to ``steps`` of them, and added in one launch."""
+    """Gradients whose steps are collected, up to ``steps`` of them, and added in one launch; or not ``wanted``."""
 
-    def __init__(self, layer: Layer, weights: Weights, steps: int) -> None:
+    def __init__(self, layer: Layer, weights: Weights, steps: int, wanted: bool) -> None:
         super().__init__(layer, weights)
-        self.steps = steps
+        self.steps, self.wanted = steps, wanted
         self.slots: Tensor | None = None
         self.waiting: list[tuple[Tensor, Tensor]] = []
 
@@ -36,7 +36,8 @@ class DeferredGradients(Gradients):
         lengths: Tensor | None,
     ) -> None:  # fmt: skip
         """Keeps h and x of one step, whose da lies in its slot."""
-        self.waiting.append((h, x[:, 0]))
+        if self.wanted:
+            self.waiting.append((h, x[:, 0]))
 
     def _take_up(self) -> None:
         h, x = zip(*self.waiting)
@@ -62,11 +63,11 @@ class _Pass:
         self.task: int | None = None
         self.gradients: DeferredGradients | None = None
 
-    def under_way(self, layer: Layer) -> DeferredGradients:
+    def under_way(self, layer: Layer, wanted: bool) -> DeferredGradients:
         """The sums of this backward pass. One that never asked for the weights' gradients left its own behind."""
         task = torch._C._current_graph_task_id()
         if self.gradients is None or self.task != task:
-            self.task, self.gradients = task, DeferredGradients(layer, self.weights, self.steps)
+            self.task, self.gradients = task, DeferredGradients(layer, self.weights, self.steps, wanted)
         return self.gradients
 
     def finish(self) -> list[Tensor] | None:
@@ -121,9 +122,10 @@ class _Step(torch.autograd.Function):
             return (None,) * 7
         x, h_0, c_0, gates = ctx.saved_tensors
         need_x, need_state = ctx.needs_input_grad[4], any(ctx.needs_input_grad[5:])
+        gradients = ctx.shared.under_way(ctx.layer, ctx.needs_input_grad[3])
         dx, dh_0, dc_0 = run_backward(
-            ctx.layer, ctx.shared.weights, ctx.shared.under_way(ctx.layer), None, dh, dc, h_0, c_0, gates,
-            x, h_0, c_0, None, None, need_x, need_state,
+            ctx.layer, ctx.shared.weights, gradients, None, dh, dc, h_0, c_0, gates, x, h_0, c_0, None, None,
+            need_x, need_state,
         )  # fmt: skip
         state = (dh_0, dc_0) if need_state else (None, None)
         return (None, None, None, None, dx if need_x else None, *state)

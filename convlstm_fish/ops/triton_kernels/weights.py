@@ -91,12 +91,12 @@ class Gradients:
 
     def __init__(self, layer: Layer, weights: Weights) -> None:
         self.weights = weights
-        zeros = torch.zeros
         self.dbias = self.dpeephole = None
         if weights.bias is not None:
-            self.dbias = zeros(layer.clips * layer.tiles_per_image, 4 * layer.hidden, device=layer.device)
+            rows = layer.clips * layer.tiles_per_image
+            self.dbias = torch.zeros(rows, 4 * layer.hidden, device=layer.device)
         if weights.peephole_kind:
-            self.dpeephole = zeros(layer.clips, *layer.size, 3, layer.hidden, device=layer.device)
+            self.dpeephole = torch.zeros(layer.clips, *layer.size, 3, layer.hidden, device=layer.device)
         both = (weights.weight_hh, weights.weight_ih)
         pairs = [both] if layer.tiles.weight.together else [(both[0], None), (None, both[1])]
         self.sums = [WeightSums(layer, *pair) for pair in pairs]
