@@ -7,12 +7,9 @@ in the cache between its operations. The gates are kept for the backward pass, w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,12 +19,11 @@ from convlstm_fish.ops.equations import Norm, Peephole, State, first_state, recu
 from convlstm_fish.ops.geometry import Geometry, Padding, compute_dtype, per_dim
 from convlstm_fish.ops.reference import conv_lstm_reference
 from convlstm_fish.ops.reference_backward import DERIVATIVES
-
-_ALIGNMENT = 64  # bytes, of a cache line and of the widest vector instructions
+from convlstm_fish.ops.workspace import WORKSPACE
 
 _FEWEST_GATES = 1 << 17  # of a step, measured on two cores
 
-# The sigmoid takes all four gates in one pass, see _with_g_twice.
+# The sigmoid takes all four gates in one pass, see _with_g_times.
 _ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
     "hard_sigmoid": lambda z: z.mul_(0.2).add_(0.5).clamp_(0.0, 1.0),
     "hard_sigmoid_v3": lambda z: z.add_(3.0).clamp_(0.0, 6.0).div_(6.0),
@@ -88,31 +84,21 @@ class _Kept(NamedTuple):
     """What the backward pass needs: (T, N, ...) channels last."""
 
     patches: Tensor  # x and h of the step before, padded, side by side
-    gates: Tensor  # (T, N, H', W', 4, C_h)
+    gates: Tensor  # (T, N, H', W', 4, C_h): i, f, sigmoid(2z) in place of g, o
     cells: Tensor  # c of the step
     squashed: Tensor  # tanh of it
     weight: Tensor
 
 
-def _empty(*shape: int, dtype: torch.dtype, zero: bool = False) -> Tensor:
-    """A new tensor; a large one on huge pages, which NumPy asks the system for and torch does not.
+def _with_g_times(weight: Tensor, factor: int) -> Tensor:
+    """With the rows of g times 2 or 4, which rounds nothing.
 
-    Memory that is touched for the first time costs several times what writing it does, less so on huge pages.
+    tanh(z) is 2 s - 1 with s = sigmoid(2z), and torch's sigmoid is several times as fast as its tanh. The derivative,
+    4 s (1 - s), is that of the sigmoid but for the 4, so that all four gates have the same.
     """
-    if torch.are_deterministic_algorithms_enabled():  # torch may be asked to fill what it makes
-        return torch.zeros(shape, dtype=dtype) if zero else torch.empty(shape, dtype=dtype)
-    count = math.prod(shape) * dtype.itemsize
-    raw = torch.from_numpy((np.zeros if zero else np.empty)(count + _ALIGNMENT, np.uint8))
-    start = -raw.data_ptr() % _ALIGNMENT
-    return raw[start : start + count].view(dtype).view(shape)
-
-
-def _with_g_twice(weight: Tensor) -> Tensor:
-    """With the rows of g doubled, which rounds nothing: tanh(z) is 2 sigmoid(2z) - 1, and torch's sigmoid is several
-    times as fast as its tanh."""
     hidden = weight.shape[0] // 4
     weight = weight.clone()
-    weight[2 * hidden : 3 * hidden] *= 2
+    weight[2 * hidden : 3 * hidden] *= factor
     return weight
 
 
@@ -143,16 +129,16 @@ def _forward(
     x_place = _inside(size, recipe.where.pads)
     h_place = _inside(out, recurrent_pads(weight_hh))
     weight = torch.cat([weight_ih, weight_hh], dim=1).contiguous(memory_format=torch.channels_last)
-    weight_twice, bias_twice = _with_g_twice(weight), None if bias is None else _with_g_twice(bias)
+    weight_twice, bias_twice = _with_g_times(weight, 2), None if bias is None else _with_g_times(bias, 2)
     minus_one = torch.tensor(-1.0, dtype=wide)
     kept_steps = steps if keep else 1
-    patches = _empty(kept_steps, clips, *padded, channels + hidden, dtype=dtype, zero=True)
-    gates = _empty(kept_steps, clips, *out, 4, hidden, dtype=wide)
-    cells = _empty(kept_steps, clips, *out, hidden, dtype=wide)
-    squashed = _empty(kept_steps, clips, *out, hidden, dtype=wide)
-    output = _empty(clips, steps, *out, hidden, dtype=dtype) if recipe.return_sequences else None
-    product = _empty(clips, *out, hidden, dtype=dtype)
-    wide_product = product if dtype == wide else _empty(clips, *out, hidden, dtype=wide)
+    patches = WORKSPACE.empty(kept_steps, clips, *padded, channels + hidden, dtype=dtype, zero=True)
+    gates = WORKSPACE.empty(kept_steps, clips, *out, 4, hidden, dtype=wide)
+    cells = WORKSPACE.empty(kept_steps, clips, *out, hidden, dtype=wide)
+    squashed = WORKSPACE.empty(kept_steps, clips, *out, hidden, dtype=wide)
+    output = WORKSPACE.empty(clips, steps, *out, hidden, dtype=dtype) if recipe.return_sequences else None
+    product = WORKSPACE.empty(clips, *out, hidden, dtype=dtype)
+    wide_product = product if dtype == wide else WORKSPACE.empty(clips, *out, hidden, dtype=wide)
     h, c = _rows(h_0), _rows(c_0).clone(memory_format=torch.contiguous_format)
     mask = None if mask is None else _rows(mask)
     for t in recipe.order(steps):
@@ -164,16 +150,15 @@ def _forward(
         every = z.unflatten(3, (4, hidden))
         if keep or dtype != wide:
             every = gates[slot].copy_(every)
-        i, f, g, o = every.unbind(3)
+        i, f, s, o = every.unbind(3)
         if recipe.activation == "sigmoid":
             every.sigmoid_()
         else:
             for gate in (every[..., :2, :], o):
                 _ACTIVATE[recipe.activation](gate)
-            g.sigmoid_()
-        torch.add(minus_one, g, alpha=2.0, out=g)
+            s.sigmoid_()
         c = torch.mul(f, c, out=cells[slot]) if keep else c.mul_(f)
-        c.addcmul_(i, g)
+        c.addcmul_(i, s, value=2.0).sub_(i)
         a = torch.add(c, c, out=squashed[slot]).sigmoid_()
         torch.add(minus_one, a, alpha=2.0, out=a)
         h = product if output is None else output[:, t]
@@ -240,32 +225,37 @@ def _gradients(
     for total, given in ((dh, d_h), (dc, d_c)):
         if given is not None:
             total.copy_(_rows(given))
-    dx = _empty(*x.shape[:2], *size, channels, dtype=dtype) if needed[0] else None
+    dx = WORKSPACE.empty(*x.shape[:2], *size, channels, dtype=dtype) if needed[0] else None
     d_weight = torch.zeros(kept.weight.shape, dtype=wide)
     d_bias = None if bias is None else torch.zeros(bias.shape, dtype=wide)
-    dz = _empty(*state[:3], 4 * hidden, dtype=dtype)
-    dz_i, dz_f, dz_g, dz_o = dz.unflatten(3, (4, hidden)).unbind(3)
+    dz = WORKSPACE.empty(*state[:3], 4 * hidden, dtype=dtype)  # of g a quarter
+    d_gates = (dz if dtype == wide else WORKSPACE.empty(*dz.shape, dtype=wide)).unflatten(3, (4, hidden))
+    d_i, d_f, d_g, d_o = d_gates.unbind(3)
+    minus_one = torch.tensor(-1.0, dtype=wide)
     # Where x needs no gradient only h's part of the input is computed; its values do not matter, its shape does.
     weight, h_channels = kept.weight, slice(channels, None)
     if dx is None:
         weight, h_channels = weight_hh.contiguous(memory_format=torch.channels_last), slice(None)
+    weight = _with_g_times(weight, 4)
     blank = torch.empty(*kept.patches.shape[1:4], weight.shape[1], dtype=dtype)
     mask = None if mask is None else _rows(mask)
-    slope = partial(_slope, activation=recipe.activation)
     steps = recipe.order(x.shape[1])
     for k in range(len(steps) - 1, -1, -1):
         t = steps[k]
-        i, f, g, o = kept.gates[t].unbind(3)
+        i, f, s, o = kept.gates[t].unbind(3)
         a = kept.squashed[t]
         c_before = kept.cells[steps[k - 1]] if k else cells_0
         if d_output is not None:
             dh.add_(_rows(d_output[:, t]))
         dc.add_(_tanh_slope(torch.mul(dh, o, out=new), a))
-        dz_o.copy_(slope(torch.mul(dh, a, out=new), o))
-        dz_i.copy_(slope(torch.mul(dc, g, out=new), i))
-        dz_f.copy_(slope(torch.mul(dc, c_before, out=new), f))
-        dz_g.copy_(_tanh_slope(torch.mul(dc, i, out=new), g))
+        torch.mul(dh, a, out=d_o)
+        torch.mul(dc, torch.add(minus_one, s, alpha=2.0, out=new), out=d_i)
+        torch.mul(dc, c_before, out=d_f)
+        torch.mul(dc, i, out=d_g)
         dc.mul_(f)
+        _slope(d_gates, kept.gates[t], recipe.activation)
+        if dtype != wide:
+            dz.copy_(d_gates.flatten(3))
         if d_bias is not None:
             d_bias += dz.sum(dim=(0, 1, 2), dtype=wide)
         d_weight += _convolution_gradient(dz, kept.patches[t], kept.weight, [False, True, False])[1]
@@ -276,6 +266,8 @@ def _gradients(
                 dh.mul_(mask)
             if dx is not None:
                 dx[:, t] = d_patch[x_place][..., :channels]
+    d_weight = _with_g_times(d_weight, 4)
+    d_bias = None if d_bias is None else _with_g_times(d_bias, 4)
     return [
         None if dx is None else dx.permute(0, 1, 4, 2, 3),
         _image(dh).to(h_0.dtype) if needed[1] else None,
@@ -287,12 +279,17 @@ def _gradients(
     ]
 
 
-def _slope(gradient: Tensor, value: Tensor, activation: str) -> Tensor:
-    """The gradient before the activation that gave ``value``, in place."""
+def _slope(gradient: Tensor, gates: Tensor, activation: str) -> None:
+    """The gradients (N, H', W', 4, C_h) before the activations that gave ``gates``, in place; of g a quarter."""
+    sigmoid = torch.ops.aten.sigmoid_backward.grad_input
     if activation == "sigmoid":
-        torch.ops.aten.sigmoid_backward.grad_input(gradient, value, grad_input=gradient)
-        return gradient
-    return gradient.mul_(DERIVATIVES[activation](value))
+        sigmoid(gradient, gates, grad_input=gradient)
+        return
+    for k, (given, value) in enumerate(zip(gradient.unbind(3), gates.unbind(3))):
+        if k == 2:
+            sigmoid(given, value, grad_input=given)
+        else:
+            given.mul_(DERIVATIVES[activation](value))
 
 
 def _tanh_slope(gradient: Tensor, value: Tensor) -> Tensor:
