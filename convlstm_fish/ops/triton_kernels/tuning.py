@@ -83,7 +83,7 @@ def choose_image(channels: int, hidden: int, dtype: torch.dtype) -> Tile:
         return Tile(64, 16 if channels <= 16 else 32, 16, rows_back=_rows(rounded_gates, 32), stages_back=3)
     block = 16 if channels <= 16 else 32 if channels <= 32 else 64 if channels <= 64 else 128
     rows = _rows(rounded_gates, 64)
-    if rounded_gates % 64 == 0 and channels <= 32:
+    if rounded_gates % 64 == 0 and channels <= 16:
         return Tile(128, block, 16, rows_back=32, patch=32, stages_back=3, halo=1)
     return Tile(128, block, 16, rows_back=rows, stages_back=3 if channels <= 32 else 4)
 
