@@ -67,7 +67,7 @@ class ConvLSTMCell(nn.Module):
 
     Inputs: x (N, C, H, W), and (h_0, c_0) each (N, hidden_channels, H', W') or None for zeros; N may be left out.
 
-    Outputs: h_1, c_1, each (N, hidden_channels, H', W').
+    Outputs: h_1, c_1, each (N, hidden_channels, H', W'). A loop of steps is sooner done with `unrolled`.
 
     Example:
         >>> cell = ConvLSTMCell(3, 8, 5)
@@ -219,9 +219,15 @@ class ConvLSTMCell(nn.Module):
         return conv_lstm(input, hx, self.weight_ih, self.weight_hh, self.bias, self.peepholes, **options)
 
     def unrolled(self) -> Callable[[Tensor, State | None], State]:
-        """What the cell does, for the steps of one forward pass: ``step = cell.unrolled(); state = step(x, state)``.
+        """What the cell does, for the steps of one forward pass: the same values, sooner on a GPU.
 
-        The same values as of calling the cell, sooner on a GPU; see :func:`convlstm_fish.ops.unroll`. x is batched.
+        Returns:
+            ``step(x, hx)``, for which see :func:`convlstm_fish.ops.unroll`; x is batched.
+
+        Example:
+            >>> step, state = ConvLSTMCell(3, 8, 5).unrolled(), None
+            >>> for x in torch.rand(4, 2, 3, 16, 16):
+            ...     state = step(x, state)
         """
         return unroll(self.weight_ih, self.weight_hh, self.bias, self.peepholes, **self._options())
 
