@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -76,6 +77,7 @@ def _rows(channels: int, widest: int) -> int:
     return rows
 
 
+@functools.cache
 def choose_image(channels: int, hidden: int, dtype: torch.dtype) -> Tile:
     """The tile of the gradient of an image of so many channels."""
     rounded_gates = round_channels(4 * hidden)
@@ -88,6 +90,7 @@ def choose_image(channels: int, hidden: int, dtype: torch.dtype) -> Tile:
     return Tile(128, block, 16, rows_back=rows, stages_back=3 if channels <= 32 else 4)
 
 
+@functools.cache
 def choose(channels: int, hidden: int, dtype: torch.dtype, weight_rows: int = 0) -> Tiles:
     """The tiles for ``channels`` -> ``hidden``, and weights of so many rows in all, taps times channels."""
     wide = dtype == torch.float32
