@@ -57,7 +57,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     frame = (*size, weight_hh.shape[1])
     clips, steps = x.shape[:2]
-    keep_gates = keep_c and choose(x.shape[4], weight_hh.shape[1], x.dtype).keep_gates
+    keep_gates = keep_c and choose(int(x.shape[4]), int(weight_hh.shape[1]), x.dtype).keep_gates
     return (
         x.new_empty((clips, steps, *frame) if keep_h else (0,)),
         x.new_empty((clips, *frame)),
