@@ -116,9 +116,9 @@ def test_lightning_is_in_tasks_datamodules_and_the_command_line() -> None:
         assert room_of(path) in ("tasks", "cli", "commands") or where.parts[:2] == ("data", "modules"), where
 
 
-def test_triton_is_in_one_place() -> None:
-    places = {path.relative_to(ROOT).parts[:2] for path in offenders({"triton"})}
-    assert places <= {("ops", "triton_kernels"), ("ops", "triton_kernels.py")}
+def test_triton_and_cuda_are_in_the_kernels() -> None:
+    places = {path.relative_to(ROOT).parts[:2] for path in offenders({"triton", "cuda"})}
+    assert places == {("ops", "triton_kernels"), ("ops", "hopper_kernels")}
 
 
 def test_opencv_is_in_one_file() -> None:

@@ -37,7 +37,8 @@ def conv_lstm_forward(
         dtype of x and empty without ``keep_c``, c of every step and for wide layers the gates (N, T, H', W', 4 * C_h).
     """
     layer = make_layer(x, weight_ih, weight_hh, size, stride, pads, dilation, activation, tf32, reverse)
-    weights = Weights(layer, weight_ih, weight_hh, bias, w_ci, w_cf, w_co)
+    plain = mask is None and lengths is None
+    weights = Weights(layer, weight_ih, weight_hh, bias, w_ci, w_cf, w_co, plain=plain)
     h, c, cells, gates = run_forward(layer, weights, x, h_0, c_0, mask, lengths, keep_h, keep_c)
     if keep_h:
         return h, _last(h, lengths, reverse), c, cells, gates
@@ -77,7 +78,8 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, h_0, c_0 (empty unless needed), of the weights, the bias and the three peepholes (if any)."""
     layer = make_layer(x, weight_ih, weight_hh, size, stride, pads, dilation, activation, tf32, reverse)
-    weights = Weights(layer, weight_ih, weight_hh, bias, w_ci, w_cf, w_co)
+    plain = mask is None and lengths is None
+    weights = Weights(layer, weight_ih, weight_hh, bias, w_ci, w_cf, w_co, plain=plain)
     gradients = Gradients(layer, weights)
     found = run_backward(
         layer, weights, gradients, dout, dh_n, dc_n, h, cells, gates, x, h_0, c_0, mask, lengths, need_x, need_state

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from convlstm_fish.ops.hopper_kernels import passes as hopper
 from convlstm_fish.ops.triton_kernels.launch import launch
 from convlstm_fish.ops.triton_kernels.layer import Layer, gate_dtype, multiprocessors, tile_count
 from convlstm_fish.ops.triton_kernels.steps import backward_step, forward_step
@@ -25,6 +26,9 @@ def run_forward(
         and for the backward pass, empty without ``keep_c``, c of every step and for wide layers the gates
         (N, T, H', W', 4 * C_h).
     """
+    if weights.steps is not None:
+        found = hopper.run_forward(weights.steps, x, h_0, c_0, layer.reverse, keep_h, keep_c)
+        return *found, x.new_empty(0, dtype=gate_dtype(layer.dtype))
     tile = layer.tiles.forward
     clips, steps = layer.clips, layer.steps
     frame = (*layer.size, layer.hidden)
@@ -82,18 +86,38 @@ def run_backward(
     tile = tiles.backward
     clips, steps, hidden = layer.clips, layer.steps, layer.hidden
     numbers = layer.size[0] * layer.size[1] * hidden
+    chunk = max(1, min(steps, CHUNK_BYTES // (4 * clips * numbers * x.element_size())))
+    # One more than a chunk, because a step reads the da of the step after while its own chunk fills.
+    da = gradients.room(layer, x, min(chunk + 1, steps))
     dout = None if dout is None else dout.contiguous()
     dh_n = None if dh_n is None else dh_n.contiguous()
     dc = torch.empty((clips, *layer.size, hidden), dtype=torch.float32, device=x.device)
     _ = dc.zero_() if dc_n is None else dc.copy_(dc_n)
-    chunk = max(1, min(steps, CHUNK_BYTES // (4 * clips * numbers * x.element_size())))
-    # One more than a chunk, because a step reads the da of the step after while its own chunk fills.
-    da = gradients.room(layer, x, min(chunk + 1, steps))
-    w_x, w_h, bias = weights.backward
-    w_back = weights.adjoint
+    narrow = weights.steps
     # A single step's gradients of x and h_0 are one product where the convolutions are alike.
     together = steps == 1 and need_x and need_state and layer.alike and mask is None and lengths is None
+    together = together and narrow is None
     dx = torch.empty_like(x) if need_x and not together else x.new_empty(0)
+
+    def take_up(s: int, waiting: int) -> None:
+        """What needs the da of the steps s .. s + waiting - 1."""
+        if s == 0 and h_0 is not None:  # the state before step 0 lies elsewhere
+            gradients.add(h_0, 0, True, x, mask, da, 0, 1, lengths)
+            if waiting > 1:
+                gradients.add(h, numbers, True, x, mask, da, 1, waiting - 1, lengths)
+        else:
+            gradients.add(h, numbers, False, x, mask, da, s, waiting, lengths)
+        if need_x and not together and narrow is None:
+            write_image_gradient(layer, weights.image_x, da, dx, x.stride(1), None, s, waiting, lengths)
+
+    if narrow is not None:
+        dh_0 = hopper.run_backward(
+            narrow, dout, dh_n, dc, h, cells, x, h_0, c_0, layer.reverse, chunk, da, gradients.dbias,
+            dx if need_x else None, need_state, take_up,
+        )  # fmt: skip
+        return (dx, x.new_empty(0), dc.new_empty(0)) if dh_0 is None else (dx, dh_0, dc)
+    w_x, w_h, bias = weights.backward
+    w_back = weights.adjoint
     constants = layer.constants() | {
         "tiles": layer.tiles_per_image, "ldw": 0 if w_h is None else w_h.shape[1], "ldw_back": w_back.shape[1],
         "CP_GATES": round_channels(4 * hidden), "PEEPHOLE": weights.peephole_kind, "HAS_BIAS": weights.bias is not None,
@@ -125,14 +149,7 @@ def run_backward(
         waiting += 1
         if waiting < chunk and s > 0:
             continue
-        if s == 0 and h_0 is not None:  # the state before step 0 lies elsewhere
-            gradients.add(h_0, 0, True, x, mask, da, 0, 1, lengths)
-            if waiting > 1:
-                gradients.add(h, numbers, True, x, mask, da, 1, waiting - 1, lengths)
-        else:
-            gradients.add(h, numbers, False, x, mask, da, s, waiting, lengths)
-        if need_x and not together:
-            write_image_gradient(layer, weights.image_x, da, dx, x.stride(1), None, s, waiting, lengths)
+        take_up(s, waiting)
         waiting = 0
 
     if not need_state:

@@ -140,7 +140,8 @@ class Unrolled:
     """
 
     def __init__(self, layer: Layer, *parameters: Tensor | None) -> None:
-        self.shared = _Pass(Weights(layer, *[p if p is None else p.detach() for p in parameters]))  # type: ignore[arg-type]
+        weights = Weights(layer, *[p if p is None else p.detach() for p in parameters], plain=True)  # type: ignore[arg-type]
+        self.shared = _Pass(weights)
         self.parameters: Tensor = _Parameters.apply(self.shared, *parameters)
 
     def __call__(self, layer: Layer, x: Tensor, h_0: Tensor, c_0: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from convlstm_fish.ops.triton_kernels.layer import Layer, can_shift, pack, peephole_kind
+from convlstm_fish.ops.hopper_kernels.parameters import Parameters
+from convlstm_fish.ops.hopper_kernels.plan import Shape, covers
+from convlstm_fish.ops.hopper_kernels.steps import Steps, Sums
+from convlstm_fish.ops.triton_kernels.layer import Layer, can_shift, multiprocessors, pack, peephole_kind
 from convlstm_fish.ops.triton_kernels.sums import ImageWeight, WeightSums
 from convlstm_fish.ops.triton_kernels.tuning import Tile, choose_image
 
@@ -24,14 +27,31 @@ class Weights:
         weight_hh: (4 * C_h, C_h, *kernel_h).
         bias: (4 * C_h,) or None.
         peephole: three weights, (C_h,) or (H', W', C_h) each, or three None.
+        plain: the calls have no mask and no lengths.
+
+    Attributes:
+        steps: the Hopper kernels' steps, None where those do not cover the layer.
     """
 
     def __init__(
-        self, layer: Layer, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, *peephole: Tensor | None
-    ) -> None:
+        self, layer: Layer, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, *peephole: Tensor | None,
+        plain: bool,
+    ) -> None:  # fmt: skip
         self.layer, self.weight_ih, self.weight_hh, self.bias = layer, weight_ih, weight_hh, bias
         self.peephole = peephole
         self.peephole_kind = peephole_kind(peephole[0])
+        self.steps = self._hopper_steps() if plain and not self.peephole_kind else None
+
+    def _hopper_steps(self) -> Steps | None:
+        layer = self.layer
+        shape = Shape(
+            layer.channels, layer.hidden, layer.size_in, layer.size, layer.pads, layer.activation,
+            layer.dtype == torch.float16, layer.fast, self.bias is not None,
+        )  # fmt: skip
+        if not covers(shape, layer.kernel, layer.kernel_x, layer.stride, layer.dilation, layer.dtype, layer.device):
+            return None
+        parameters = Parameters(shape, layer.dtype, self.weight_ih, self.weight_hh, self.bias)
+        return Steps(shape, parameters, layer.device, multiprocessors(layer.device))
 
     @cached_property
     def forward(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -93,16 +113,24 @@ class Gradients:
         self.weights = weights
         self.dbias = self.dpeephole = None
         if weights.bias is not None:
-            rows = layer.clips * layer.tiles_per_image
+            rows = layer.clips * layer.tiles_per_image if weights.steps is None else weights.steps.bias_rows
             self.dbias = torch.zeros(rows, 4 * layer.hidden, device=layer.device)
         if weights.peephole_kind:
             self.dpeephole = torch.zeros(layer.clips, *layer.size, 3, layer.hidden, device=layer.device)
+        self.sums: list[WeightSums] | list[Sums]
+        if weights.steps is not None:
+            self.sums = [
+                weights.steps.sums(weights.weight_hh, weights.weight_ih, layer.clips, layer.steps, layer.reverse)
+            ]
+            return
         both = (weights.weight_hh, weights.weight_ih)
         pairs = [both] if layer.tiles.weight.together else [(both[0], None), (None, both[1])]
         self.sums = [WeightSums(layer, *pair) for pair in pairs]
 
     def room(self, layer: Layer, x: Tensor, steps: int) -> Tensor:
         """Memory for the gates' gradients of so many steps."""
+        if self.weights.steps is not None:
+            return self.weights.steps.new_da(x, layer.clips, steps)
         return x.new_empty(layer.clips, steps, *layer.size, 4 * layer.hidden)
 
     def add(
