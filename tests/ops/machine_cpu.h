@@ -30,6 +30,8 @@ struct uint2 { u32 x, y; };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+inline uint2 __ldcs(const uint2* from) { return *from; }
+inline void __stcs(uint2* to, uint2 value) { *to = value; }
 using std::min;
 inline float __fdividef(float a, float b) { return a / b; }
 
@@ -71,7 +73,8 @@ inline void copy(u32 to, const void* from, int bytes, bool exists) {
 }
 inline void copy16(u32 to, const void* from, bool exists) { copy(to, from, 16, exists); }
 inline void copy8(u32 to, const void* from, bool exists) { copy(to, from, 8, exists); }
-template <int COUNT> inline void wait_for_copies(int barrier) { waiting[barrier].at(COUNT).arrive_and_wait(); }
+inline void end_copies() {}
+template <int COUNT, int PENDING> inline void wait_for_copies(int barrier) { waiting[barrier].at(COUNT).arrive_and_wait(); }
 template <int COUNT> inline void meet(int barrier) { waiting[barrier].at(COUNT).arrive_and_wait(); }
 template <int COUNT> inline void tell(int barrier) { (void)waiting[barrier].at(COUNT).arrive(); }
 inline void begin_products() {}

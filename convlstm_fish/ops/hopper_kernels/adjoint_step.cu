@@ -5,34 +5,43 @@ constexpr int OFF_Y = C_X ? PY - 1 : 0, OFF_X = C_X ? PX - 1 : 0;
 
 // The adjoint of both convolutions on da: gradients of h of the step before (may be unwanted), and of x.
 KERNEL(THREADS, PROGRAMS) adjoint_step(
-    const u16* da, u16* dh, u16* dx, const u16* weights, int clips, i64 da_n, i64 dx_n
+    const u16* da, u16* dh, u16* dx, const u16* weights, int clips, int backwards, i64 da_n, i64 dx_n
 ) {
-    const u32 shared = shared_base(), stages = shared + STEPS_BACK * COLUMNS_BACK * 32 + team() * 2 * BYTES_DA;
+    const u32 shared = shared_base(), stages = shared + STEPS_BACK * COLUMNS_BACK * 32 + team() * STAGES * BYTES_DA;
     const Place own;
     const int items = Tile::count<HEIGHT_BACK, WIDTH_BACK>(clips);
-    auto copy = [&](int item, u32 to) {
-        Tile tile = Tile::of<HEIGHT_BACK, WIDTH_BACK>(item);
+    auto copy = [&](const Tile& tile, u32 to) {
         copy_planes<GATES / 8, TILE_H + 2, PATCH_W, PLANE_DA>(
             to, da + tile.clip * da_n, tile.y0 + OFF_Y - 1, tile.x0 + OFF_X - 1, true
         );
     };
     copy_weights(shared, weights, STEPS_BACK * COLUMNS_BACK * 32);
-    Turns turns(items);
-    if (turns.first < items) copy(turns.first, stages);
-    wait_for_copies<THREADS>(0);
+    Turns turns(items, backwards);
+    Tile tile = turns.tile<HEIGHT_BACK, WIDTH_BACK>(turns.first);
+#pragma unroll
+    for (int k = 0; k < STAGES - 1; k++) {
+        const int item = turns.first + k * turns.step;
+        if (item < items) copy(turns.tile<HEIGHT_BACK, WIDTH_BACK>(item), stages + k * BYTES_DA);
+        end_copies();
+    }
     for (int round = 0; round < turns.rounds; round++) {
-        const u32 stage = round % 2;
+        const u32 stage = round % STAGES;
         const int item = turns.first + round * turns.step, next = item + turns.step;
-        if (round > 0) wait_for_copies<TEAM>(1 + turns.team);
-        if (next < items) copy(next, stages + (stage ^ 1) * BYTES_DA);
+        const int last = item + (STAGES - 1) * turns.step;
+        if (round == 0)
+            wait_for_copies<THREADS, STAGES - 2>(0);  // the weights are everyone's
+        else
+            wait_for_copies<TEAM, STAGES - 2>(1 + turns.team);
+        const Tile ahead = turns.tile<HEIGHT_BACK, WIDTH_BACK>(next);
+        if (last < items) copy(turns.tile<HEIGHT_BACK, WIDTH_BACK>(last), stages + (round + STAGES - 1) % STAGES * BYTES_DA);
+        end_copies();
         float acc[COLUMNS_BACK / 2];
         turns.begin();
         begin_products();
         convolve<COLUMNS_BACK, COLUMNS_BACK, GATES / 8, PLANE_DA>(acc, stages + stage * BYTES_DA + own.patch(), shared, true);
         end_products();
         turns.end(1);
-        if (item >= items) continue;
-        const Tile tile = Tile::of<HEIGHT_BACK, WIDTH_BACK>(item);
+        if (item >= items) break;  // the last round
 #pragma unroll
         for (int row = 0; row < 2; row++) {
             const int y1 = tile.y0 + own.y + row, x1 = tile.x0 + own.x, y = y1 + OFF_Y, x = x1 + OFF_X;
@@ -50,5 +59,6 @@ KERNEL(THREADS, PROGRAMS) adjoint_step(
                 }
             }
         }
+        tile = ahead;
     }
 }

@@ -6,14 +6,13 @@ constexpr int STAGE_BACK = BYTES_X + BYTES_H + (FUSED ? BYTES_DA : 0);
 // The gradient of h is the sum of what is there: the adjoint product of da_next (FUSED), dh, dout.
 KERNEL(THREADS, PROGRAMS) backward_step(
     const u16* x, const u16* h_in, const u16* c_in, const u16* da_next, const u16* dh, const u16* dout, float* dc,
-    u16* da, const u16* weights, const u16* adjoint, const float* bias, float* dbias, int clips, i64 x_n, i64 h_in_n,
+    u16* da, const u16* weights, const u16* adjoint, const float* bias, float* dbias, int clips, int backwards, i64 x_n, i64 h_in_n,
     i64 c_in_n, i64 da_n, i64 dout_n
 ) {
-    const u32 shared = shared_base(), stages = shared + BYTES_W + BYTES_BACK + team() * 2 * STAGE_BACK;
+    const u32 shared = shared_base(), stages = shared + BYTES_W + BYTES_BACK + team() * STAGES * STAGE_BACK;
     const Place own;
     const int items = Tile::count<H, W>(clips);
-    auto copy = [&](int item, u32 to) {
-        Tile tile = Tile::of<H, W>(item);
+    auto copy = [&](const Tile& tile, u32 to) {
         copy_input(to, x + tile.clip * x_n, tile.y0, tile.x0);
         copy_image<HIDDEN / 8, PLANE_H>(
             to + BYTES_X, h_in ? h_in + tile.clip * h_in_n : weights, tile.y0 - 1, tile.x0 - 1, H, W, h_in != nullptr
@@ -24,39 +23,48 @@ KERNEL(THREADS, PROGRAMS) backward_step(
                 da_next != nullptr
             );
     };
-    // What a tile needs besides its patch is read a tile ahead.
+    // What a tile needs besides its patch is read a tile ahead; what nobody reads again leaves the caches first.
     uint2 c[HALVES][2], from_out[HALVES][2], from_next[HALVES][2];
     float4 from_c[HALVES][2];
-    auto fetch = [&](int item, int half) {
-        const Tile tile = Tile::of<H, W>(item);
+    auto fetch = [&](const Tile& tile, bool wanted, int half) {
 #pragma unroll
         for (int row = 0; row < 2; row++) {
             const int at = own.pixel(tile, row);
             const i64 from = at * HIDDEN + half * 16 + own.channel, all = tile.clip * (H * W * HIDDEN) + from;
-            const bool exists = item < items && at >= 0;
+            const bool exists = wanted && at >= 0;
             c[half][row] = from_out[half][row] = from_next[half][row] = make_uint2(0, 0);
             from_c[half][row] = make_float4(0.f, 0.f, 0.f, 0.f);
             if (exists) from_c[half][row] = *(const float4*)(dc + all);
-            if (exists && c_in) c[half][row] = *(const uint2*)(c_in + tile.clip * c_in_n + from);
-            if (exists && dout) from_out[half][row] = *(const uint2*)(dout + tile.clip * dout_n + from);
-            if (exists && dh) from_next[half][row] = *(const uint2*)(dh + all);
+            if (exists && c_in) c[half][row] = __ldcs((const uint2*)(c_in + tile.clip * c_in_n + from));
+            if (exists && dout) from_out[half][row] = __ldcs((const uint2*)(dout + tile.clip * dout_n + from));
+            if (exists && dh) from_next[half][row] = __ldcs((const uint2*)(dh + all));
         }
     };
     copy_weights(shared, weights, BYTES_W);
     if constexpr (FUSED) copy_weights(shared + BYTES_W, adjoint, BYTES_BACK);
-    Turns turns(items);
-    if (turns.first < items) copy(turns.first, stages);
+    Turns turns(items, backwards);
+    Tile tile = turns.tile<H, W>(turns.first);
 #pragma unroll
-    for (int half = 0; half < HALVES; half++) fetch(turns.first, half);
+    for (int k = 0; k < STAGES - 1; k++) {
+        const int item = turns.first + k * turns.step;
+        if (item < items) copy(turns.tile<H, W>(item), stages + k * STAGE_BACK);
+        end_copies();
+    }
+#pragma unroll
+    for (int half = 0; half < HALVES; half++) fetch(tile, turns.first < items, half);
     float bias_sums[HAS_BIAS ? GATES / 4 : 1] = {};
-    wait_for_copies<THREADS>(0);
     for (int round = 0; round < turns.rounds; round++) {
-        const u32 stage = round % 2;
+        const u32 stage = round % STAGES;
         const int item = turns.first + round * turns.step, next = item + turns.step;
-        if (round > 0) wait_for_copies<TEAM>(1 + turns.team);
+        const int last = item + (STAGES - 1) * turns.step;
+        if (round == 0)
+            wait_for_copies<THREADS, STAGES - 2>(0);  // the weights are everyone's
+        else
+            wait_for_copies<TEAM, STAGES - 2>(1 + turns.team);
         const u32 here = stages + stage * STAGE_BACK;
-        if (next < items) copy(next, stages + (stage ^ 1) * STAGE_BACK);
-        const Tile tile = Tile::of<H, W>(item);
+        const Tile ahead = turns.tile<H, W>(next);
+        if (last < items) copy(turns.tile<H, W>(last), stages + (round + STAGES - 1) % STAGES * STAGE_BACK);
+        end_copies();
 #pragma unroll
         for (int half = 0; half < HALVES; half++) {
             float acc[32], back[8];
@@ -103,8 +111,9 @@ KERNEL(THREADS, PROGRAMS) backward_step(
                     }
                 }
             }
-            fetch(next, half);
+            fetch(ahead, next < items, half);
         }
+        tile = ahead;
     }
     if constexpr (HAS_BIAS) {  // a warp has its own row of sums, so that they are added in one order
         float* const to = dbias + (blockIdx.x * (THREADS / 32) + threadIdx.x / 32) * GATES;

@@ -3,13 +3,14 @@
 // A program keeps its weights in shared memory and goes from tile to tile; a tile is WY x WX blocks of 8 x 8 pixels,
 // one a warpgroup. Its patch, the tile with a halo of one pixel, lies in shared memory in planes of 8 channels, 16
 // bytes a pixel. In that layout 8 neighbouring pixels are one of the 8 x 16 byte matrices that a product reads, wherever
-// they begin: the nine taps of a convolution are nine addresses, and no patch is ever written out. The next tile's
-// patch is copied while this one is multiplied.
+// they begin: the nine taps of a convolution are nine addresses, and no patch is ever written out. The next tiles'
+// patches are copied while this one is multiplied.
 //
 // Constants: HIDDEN, C_IN (4, or a multiple of 16); sizes H, W of the state and HI, WI of the input, PY, PX its
-// padding; WY, WX, PROGRAMS a multiprocessor; ACT (0 sigmoid, 1 Keras 2's hard sigmoid, 2 Keras 3's), FAST (the
-// hardware's tanh), HALF (float16), HAS_BIAS, FUSED (the backward step makes the adjoint product itself), C_X (input
-// channels whose gradient `adjoint_step` writes, 0 or C_IN).
+// padding; WY, WX, and GROUPS of warpgroups in a team, TEAMS of them in a program, PROGRAMS a multiprocessor, STAGES of
+// patches in shared memory; ACT (0 sigmoid, 1 Keras 2's hard sigmoid, 2 Keras 3's), FAST (the hardware's tanh), HALF
+// (float16), HAS_BIAS, FUSED (the backward step makes the adjoint product itself), C_X (input channels whose gradient
+// `adjoint_step` writes, rounded up to 16, or 0).
 
 // Teams of warpgroups work on tiles of their own with the same weights.
 constexpr int TEAM = 128 * GROUPS, THREADS = TEAM * TEAMS;
@@ -78,35 +79,67 @@ DEVICE u64 describe(u32 start, int leading, int stride) {
     return (u64)(start >> 4) | (u64)(leading >> 4) << 16 | (u64)(stride >> 4) << 32;
 }
 
-// The patch of an image of CHUNKS chunks of 8 channels, whose first pixel is (y0, x0), in planes.
+// How many of `pieces` a pass of a team takes, such that it takes few passes: a divisor of them.
+constexpr int pieces_at_once(int pieces, int columns, int rows) {
+    int best = 1, fewest = 1 << 30;
+    for (int some = 1; some <= pieces; some++) {
+        if (pieces % some || some * columns > TEAM) continue;
+        const int high = TEAM / (some * columns), passes = pieces / some * ((rows + high - 1) / high);
+        if (passes < fewest) best = some, fewest = passes;
+    }
+    return best;
+}
+
+// ROWS x COLUMNS pixels of an image from (y0, x0) on, zeros outside it or where it does not exist, into planes PLANE
+// bytes apart. A pixel has CHUNKS chunks of 8 channels, one beside the other (STEP 8) or in planes of their own. A thread
+// has one column and goes down the rows, so that an address is a sum with a constant.
+template <int CHUNKS, int ROWS, int COLUMNS, int PLANE, int STEP>
+DEVICE void copy_chunks(u32 to, const u16* image, int y0, int x0, int height, int width, bool exists) {
+    constexpr int PIXEL = STEP == 8 ? CHUNKS * 8 : 8;
+    constexpr int SOME = pieces_at_once(CHUNKS, COLUMNS, ROWS), HIGH = TEAM / (SOME * COLUMNS);
+    const int piece = rank() % (SOME * COLUMNS), down = rank() / (SOME * COLUMNS);
+    // Neighbouring threads read neighbouring bytes.
+    const int chunk = STEP == 8 ? piece % SOME : piece / COLUMNS, across = STEP == 8 ? piece / SOME : piece % COLUMNS;
+    const int x = x0 + across, y = y0 + down;
+    const bool inside = exists && (u32)x < (u32)width;
+    to += chunk * PLANE + (down * COLUMNS + across) * 16;
+    const u16* const from = image + (y * width + x) * PIXEL + chunk * STEP;
+#pragma unroll
+    for (int first = 0; first < CHUNKS; first += SOME)
+#pragma unroll
+        for (int row = 0; row < ROWS; row += HIGH) {
+            const bool here = inside && (u32)(y + row) < (u32)height;
+            if (down < HIGH && down + row < ROWS)
+                copy16(
+                    to + first * PLANE + row * COLUMNS * 16,
+                    here ? from + row * width * PIXEL + first * STEP : image, here
+                );
+        }
+}
+
+// The patch of an image, channels last.
 template <int CHUNKS, int PLANE>
 DEVICE void copy_image(u32 to, const u16* image, int y0, int x0, int height, int width, bool exists) {
-    for (int i = rank(); i < CHUNKS * PATCH; i += TEAM) {
-        int chunk = i % CHUNKS, pixel = i / CHUNKS;
-        int y = y0 + pixel / PATCH_W, x = x0 + pixel % PATCH_W;
-        bool inside = exists && (u32)y < (u32)height && (u32)x < (u32)width;
-        copy16(to + chunk * PLANE + pixel * 16, inside ? image + ((y * width + x) * CHUNKS + chunk) * 8 : image, inside);
-    }
+    copy_chunks<CHUNKS, TILE_H + 2, PATCH_W, PLANE, 8>(to, image, y0, x0, height, width, exists);
 }
 
-// ROWS x COLUMNS pixels of CHUNKS planes of the gates' gradients. They lie in planes in global memory as well: copied
-// from one channels last, each 16 bytes would be a request of their own to the L2 cache, whose requests were the limit.
+// Pixels of CHUNKS planes of the gates' gradients. They lie in planes in global memory as well: copied from one channels
+// last, each 16 bytes would be a request of their own to the L2 cache, whose requests were the limit.
 template <int CHUNKS, int ROWS, int COLUMNS, int PLANE>
 DEVICE void copy_planes(u32 to, const u16* planes, int y0, int x0, bool exists) {
-    for (int i = rank(); i < CHUNKS * ROWS * COLUMNS; i += TEAM) {
-        int chunk = i / (ROWS * COLUMNS), pixel = i % (ROWS * COLUMNS);
-        int y = y0 + pixel / COLUMNS, x = x0 + pixel % COLUMNS;
-        bool inside = exists && (u32)y < (u32)H && (u32)x < (u32)W;
-        copy16(to + chunk * PLANE + pixel * 16, inside ? planes + ((chunk * H + y) * W + x) * 8 : planes, inside);
-    }
+    copy_chunks<CHUNKS, ROWS, COLUMNS, PLANE, H * W * 8>(to, planes, y0, x0, H, W, exists);
 }
 
-// The same of an image of 4 channels: each pixel beside its right neighbour, so that a pair of taps is one chunk.
+// The patch of an image of 4 channels: each pixel beside its right neighbour, so that a pair of taps is one chunk.
 DEVICE void copy_pairs(u32 to, const u16* image, int y0, int x0) {
-    for (int i = rank(); i < 2 * PATCH; i += TEAM) {
-        int y = y0 + i / 2 / PATCH_W, x = x0 + i / 2 % PATCH_W + i % 2;
-        bool inside = (u32)y < (u32)HI && (u32)x < (u32)WI;
-        copy8(to + i * 8, inside ? image + (y * WI + x) * 4 : image, inside);
+    constexpr int HIGH = TEAM / (2 * PATCH_W);
+    const int piece = rank() % (2 * PATCH_W), down = rank() / (2 * PATCH_W), x = x0 + piece / 2 + piece % 2;
+    const u16* const from = image + ((y0 + down) * WI + x) * 4;
+#pragma unroll
+    for (int row = 0; row < TILE_H + 2; row += HIGH) {
+        const bool here = (u32)x < (u32)WI && (u32)(y0 + down + row) < (u32)HI;
+        if (down < HIGH && down + row < TILE_H + 2)
+            copy8(to + ((down + row) * 2 * PATCH_W + piece) * 8, here ? from + row * WI * 4 : image, here);
     }
 }
 
@@ -191,6 +224,8 @@ struct Four {
         : v{unpack((u16)a.x), unpack((u16)(a.x >> 16)), unpack((u16)a.y), unpack((u16)(a.y >> 16))} {}
     DEVICE void store(float* to) const { *(float4*)to = make_float4(v[0], v[1], v[2], v[3]); }
     DEVICE void store(u16* to) const { *(uint2*)to = make_uint2(pack(v[0], v[1]), pack(v[2], v[3])); }
+    // What nobody reads soon.
+    DEVICE void store_once(u16* to) const { __stcs((uint2*)to, make_uint2(pack(v[0], v[1]), pack(v[2], v[3]))); }
 };
 
 // Where in a product's numbers are those of a block of 16 columns, a row, and of 4 channels one.
@@ -214,10 +249,15 @@ DEVICE void activate(Four (&z)[4], const float (&acc)[32], const float* bias, in
 // a fraction of the speed, and then all do the arithmetic between two products, while the tensor cores idle; so one
 // multiplies after the other while the others do their arithmetic.
 struct Turns {
-    int team, first, step, rounds, phase;
-    DEVICE explicit Turns(int items)
-        : team(::team()), first(blockIdx.x * TEAMS + team), step(gridDim.x * TEAMS),
+    int team, items, backwards, first, step, rounds, phase;
+    DEVICE Turns(int items, int backwards)
+        : team(::team()), items(items), backwards(backwards), first(blockIdx.x * TEAMS + team), step(gridDim.x * TEAMS),
           rounds((items - (int)blockIdx.x * TEAMS + step - 1) / step), phase(0) {}
+    // `backwards` from the last tile to the first: a launch begins where the one before it ended, with what that left in
+    // the L2 cache.
+    template <int HEIGHT, int WIDTH> DEVICE Tile tile(int item) const {
+        return Tile::of<HEIGHT, WIDTH>(backwards ? items - 1 - item : item);
+    }
     // Once in each of `phases` in a round, whether there is a tile or not.
     DEVICE void begin() {
         if (TEAMS > 1 && (team > 0 || phase > 0)) meet<2 * TEAM>(1 + TEAMS + team);

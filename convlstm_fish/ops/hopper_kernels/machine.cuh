@@ -29,9 +29,12 @@ template <int COUNT> DEVICE void tell(int barrier) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(COUNT) : "memory");
 }
 
-// The copies of so many threads, who share a barrier, have arrived and may be multiplied.
-template <int COUNT> DEVICE void wait_for_copies(int barrier) {
-    asm volatile("cp.async.wait_all;\n\tfence.proxy.async.shared::cta;" ::: "memory");
+// A thread's copies since the last time are one group.
+DEVICE void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// The copies of so many threads, who share a barrier, but for the last PENDING groups, have arrived and may be
+// multiplied. (A fence for all memory would wait for every store to arrive.)
+template <int COUNT, int PENDING> DEVICE void wait_for_copies(int barrier) {
+    asm volatile("cp.async.wait_group %0;\n\tfence.proxy.async.shared::cta;" ::"n"(PENDING) : "memory");
     meet<COUNT>(barrier);
 }
 

@@ -84,9 +84,11 @@ def _image(pixels: int, channels: int) -> int:
 
 
 def _plan(
-    shape: Shape, groups: tuple[int, int], teams: int, fixed: int, stage: int, most: int, **constants: int
+    shape: Shape, groups: tuple[int, int], teams: int, stages: int, fixed: int, stage: int, most: int, **constants: int
 ) -> Plan | None:
-    shared = fixed + 2 * stage * teams
+    shared = fixed + stages * stage * teams
+    if shared + SHARED_EACH > SHARED_BYTES and stages > 2:
+        return _plan(shape, groups, teams, stages - 1, fixed, stage, most, **constants)
     programs = min(most, SHARED_BYTES // (shared + SHARED_EACH))
     if programs == 0:
         return None
@@ -95,7 +97,7 @@ def _plan(
         "HIDDEN": shape.hidden, "C_IN": shape.channels, "H": shape.size[0], "W": shape.size[1],
         "HI": shape.size_in[0], "WI": shape.size_in[1], "PY": shape.pads[0], "PX": shape.pads[1],
         "ACT": shape.activation, "FAST": int(shape.fast), "HALF": int(shape.half), "HAS_BIAS": int(shape.bias),
-        "WY": groups[0], "WX": groups[1], "PROGRAMS": programs, "TEAMS": teams, "FUSED": 0, "C_X": 0,
+        "WY": groups[0], "WX": groups[1], "PROGRAMS": programs, "TEAMS": teams, "STAGES": stages, "FUSED": 0, "C_X": 0,
     }  # fmt: skip
     return Plan(groups, teams, shared, programs, threads, tuple((known | constants).items()))
 
@@ -110,7 +112,7 @@ def plan_forward(shape: Shape) -> Plan | None:
     groups = (1, 1)
     stage = _image(_patch(groups), shape.channels) + _image(_patch(groups), shape.hidden)
     teams, most = (3, 2) if shape.hidden == 16 else (4, 1)
-    return _plan(shape, groups, teams, shape.rows * shape.gates * 2, stage, most)
+    return _plan(shape, groups, teams, 2, shape.rows * shape.gates * 2, stage, most)
 
 
 @functools.cache
@@ -124,7 +126,7 @@ def plan_backward(shape: Shape, fused: bool) -> Plan | None:
         fixed += 9 * shape.gates * shape.hidden * 2
     # With more teams a thread has too few registers.
     teams = 4 if shape.hidden == 16 and not fused else 3
-    return _plan(shape, groups, teams, fixed, stage, 1, FUSED=int(fused))
+    return _plan(shape, groups, teams, 3 if fused else 2, fixed, stage, 1, FUSED=int(fused))
 
 
 @functools.cache
@@ -133,7 +135,9 @@ def plan_adjoint(shape: Shape, with_x: bool) -> Plan | None:
     groups, teams, most = ((1, 2), 1, 3) if shape.hidden == 16 else ((1, 1), 2, 1)
     columns = shape.hidden + shape.columns_x * with_x
     fixed = 9 * shape.gates * columns * 2
-    return _plan(shape, groups, teams, fixed, _image(_patch(groups), shape.gates), most, C_X=shape.columns_x * with_x)
+    return _plan(
+        shape, groups, teams, 2, fixed, _image(_patch(groups), shape.gates), most, C_X=shape.columns_x * with_x
+    )
 
 
 @functools.cache
@@ -143,7 +147,7 @@ def plan_sums(shape: Shape) -> Plan | None:
     few = shape.rows <= 12 * 16
     pixels = 64 * groups[0] * groups[1]
     stage = _image(_patch(groups), shape.channels) + _image(_patch(groups), shape.hidden) + 8 * _plane(pixels, 8)
-    return _plan(shape, groups, 1, 0, stage, 2 if few else 1, GROUPS=1 if few else 2)
+    return _plan(shape, groups, 1, 2, 0, stage, 2 if few else 1, GROUPS=1 if few else 2)
 
 
 @functools.cache

@@ -11,10 +11,10 @@ from convlstm_fish.ops.hopper_kernels.plan import Plan, Shape, plan_adjoint, pla
 
 # The kernels' arguments: p a tensor or None, i and l integers of 32 and 64 bits.
 _SIGNATURES = {
-    "forward_step": "ppppppppillll",
-    "backward_step": "ppppppppppppilllll",
-    "adjoint_step": "ppppill",
-    "weight_gradients": "ppppiiiiiiiillllll",
+    "forward_step": "ppppppppiillll",
+    "backward_step": "ppppppppppppiilllll",
+    "adjoint_step": "ppppiill",
+    "weight_gradients": "ppppiiiiiiiiillllll",
 }
 
 
@@ -36,6 +36,7 @@ class Steps:
     def __init__(self, shape: Shape, parameters: Parameters, device: torch.device, multiprocessors: int) -> None:
         self.shape, self.parameters = shape, parameters
         self.device, self.multiprocessors = device, multiprocessors
+        self._backwards = 1
         self._kernels: dict[tuple[str, bool], tuple[Plan, Kernel]] = {}
 
     def _kernel(self, name: str, variant: bool = False) -> tuple[Plan, Kernel]:
@@ -55,6 +56,11 @@ class Steps:
     def _programs(self, plan: Plan, size: tuple[int, int], clips: int) -> int:
         return min(-(-plan.tiles(size) * clips // plan.teams), plan.programs * self.multiprocessors)
 
+    def backwards(self) -> int:
+        """Every other launch goes through the tiles backwards, and finds in the L2 cache what the last one left."""
+        self._backwards ^= 1
+        return self._backwards
+
     def forward(
         self, x: Tensor, h_in: Tensor | None, h_out: Tensor, c_in: Tensor | None, c_out: Tensor, c_kept: Tensor | None
     ) -> None:
@@ -63,8 +69,8 @@ class Steps:
         clips = x.shape[0]
         compiled.launch(
             (self._programs(plan, self.shape.size, clips), 1), x, h_in, h_out, c_in, c_out, c_kept,
-            self.parameters.forward, self.parameters.bias, clips, x.stride(0), _stride(h_in), h_out.stride(0),
-            _stride(c_kept),
+            self.parameters.forward, self.parameters.bias, clips, self.backwards(), x.stride(0), _stride(h_in),
+            h_out.stride(0), _stride(c_kept),
         )  # fmt: skip
 
     @property
@@ -90,7 +96,7 @@ class Steps:
         compiled.launch(
             (self._programs(plan, self.shape.size, clips), 1), x, h_in, c_in, da_next, dh, dout, dc, da,
             self.parameters.forward, self.parameters.adjoint if fused else None, self.parameters.bias, dbias, clips,
-            x.stride(0), _stride(h_in), _stride(c_in), da.stride(0), _stride(dout),
+            self.backwards(), x.stride(0), _stride(h_in), _stride(c_in), da.stride(0), _stride(dout),
         )  # fmt: skip
 
     def adjoint(self, da: Tensor, dh: Tensor | None, dx: Tensor | None) -> None:
@@ -100,25 +106,37 @@ class Steps:
         clips = da.shape[0]
         weights = self.parameters.adjoint_both if with_x else self.parameters.adjoint
         size = self.shape.size_in if with_x else self.shape.size
-        compiled.launch((self._programs(plan, size, clips), 1), da, dh, dx, weights, clips, da.stride(0), _stride(dx))
+        compiled.launch(
+            (self._programs(plan, size, clips), 1),
+            da,
+            dh,
+            dx,
+            weights,
+            clips,
+            self.backwards(),
+            da.stride(0),
+            _stride(dx),
+        )
 
     def sums(self, weight_hh: Tensor, weight_ih: Tensor, clips: int, steps: int, reverse: bool) -> Sums:
         """New sums of the weights' gradients, of calls of so many clips and steps."""
         plan, compiled = self._kernel("weight_gradients")
+        self._backwards = 1  # each backward pass adds up in the same order
         programs = max(1, self.multiprocessors * plan.programs // (self.shape.gates // 64))
         programs = min(programs, plan.tiles(self.shape.size) * clips)
-        return Sums(self.shape, compiled, programs, weight_hh, weight_ih, steps - 1 if reverse else None)
+        return Sums(self, compiled, programs, weight_hh, weight_ih, steps - 1 if reverse else None)
 
 
 class Sums:
     """Gradients of both weights, added up chunk by chunk in an order that does not change."""
 
     def __init__(
-        self, shape: Shape, compiled: Kernel, programs: int, weight_hh: Tensor, weight_ih: Tensor, last: int | None
+        self, owner: Steps, compiled: Kernel, programs: int, weight_hh: Tensor, weight_ih: Tensor, last: int | None
     ) -> None:
-        self.shape, self.kernel, self.programs, self.last = shape, compiled, programs, last
+        self.owner, self.shape = owner, owner.shape
+        self.kernel, self.programs, self.last = compiled, programs, last
         self.weight_hh, self.weight_ih = weight_hh, weight_ih
-        self.sums = weight_hh.new_empty(programs, shape.rows, shape.gates, dtype=torch.float32)
+        self.sums = weight_hh.new_empty(programs, owner.shape.rows, owner.shape.gates, dtype=torch.float32)
         self.fresh = True
 
     def add(
@@ -130,7 +148,8 @@ class Sums:
         assert lengths is None
         self.kernel.launch(
             (self.programs, self.shape.gates // 64), x, h, da, self.sums, x.shape[0], first, steps, da.shape[1],
-            self.last or 0, int(self.last is not None), int(with_h), int(self.fresh), x.stride(0), x.stride(1),
+            self.last or 0, int(self.last is not None), int(with_h), int(self.fresh),
+            self.owner.backwards(), x.stride(0), x.stride(1),
             h.stride(0), h_t, da.stride(0), da.stride(1),
         )  # fmt: skip
         self.fresh = False

@@ -9,12 +9,13 @@ constexpr int STAGE_SUM = BYTES_X + BYTES_H + 8 * PLANE_SUM;
 // as the forward step reads them. Each program has its own sums, (UNITS * 16, 4 * HIDDEN); 64 columns a program.
 KERNEL(THREADS, PROGRAMS) weight_gradients(
     const u16* x, const u16* h, const u16* da, float* sums, int clips, int first, int steps, int slots, int last,
-    int reverse, int with_h, int fresh, i64 x_n, i64 x_t, i64 h_n, i64 h_t, i64 da_n, i64 da_t
+    int reverse, int with_h, int fresh, int backwards, i64 x_n, i64 x_t, i64 h_n, i64 h_t, i64 da_n, i64 da_t
 ) {
     const u32 shared = shared_base();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int items = Tile::count<H, W>(clips) * steps;
     auto copy = [&](int item, u32 to) {
+        if (backwards) item = items - 1 - item;
         const int s = first + item % steps, t = reverse ? last - s : s, before = reverse ? t + 1 : t - 1;
         const Tile tile = Tile::of<H, W>(item / steps);
         copy_input(to, x + tile.clip * x_n + t * x_t, tile.y0, tile.x0);
@@ -44,11 +45,17 @@ KERNEL(THREADS, PROGRAMS) weight_gradients(
         rows[b] = start + (lane / 16 * 8 + lane % 8) * 16;
     }
     float acc[SUM_BLOCKS][SUM_COLUMNS / 2] = {};
-    copy(blockIdx.x, shared);
-    u32 stage = 0;
-    for (int item = blockIdx.x; item < items; item += gridDim.x, stage ^= 1) {
-        wait_for_copies<TEAM>(1);
-        if (item + (int)gridDim.x < items) copy(item + gridDim.x, shared + (stage ^ 1) * STAGE_SUM);
+#pragma unroll
+    for (int k = 0; k < STAGES - 1; k++) {
+        const int item = blockIdx.x + k * gridDim.x;
+        if (item < items) copy(item, shared + k * STAGE_SUM);
+        end_copies();
+    }
+    for (int item = blockIdx.x, stage = 0; item < items; item += gridDim.x, stage = (stage + 1) % STAGES) {
+        wait_for_copies<TEAM, STAGES - 2>(1);  // and everyone is done with the stage before
+        const int last = item + (STAGES - 1) * gridDim.x;
+        if (last < items) copy(last, shared + (stage + STAGES - 1) % STAGES * STAGE_SUM);
+        end_copies();
         const u32 here = shared + stage * STAGE_SUM;
         const u64 columns = describe(here + BYTES_X + BYTES_H, 128, PLANE_SUM);
         // While one block of 16 pixels is multiplied the next one's rows are read.
