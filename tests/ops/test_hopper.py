@@ -88,6 +88,7 @@ def emulated(emulated_kernel: Callable[..., Emulated], monkeypatch: pytest.Monke
     """Has the kernels run on the CPU, in memory in which what nobody writes is not a number."""
     monkeypatch.setattr(steps, "kernel", emulated_kernel)
     monkeypatch.setattr(plan, "available", lambda device: True)
+    monkeypatch.setattr(op, "suits", lambda frames: False)
     for module in (op, triton_kernels):
         monkeypatch.setattr(module, "unsupported", lambda *args, **options: None)
 
@@ -132,6 +133,7 @@ def test_what_is_covered(monkeypatch: pytest.MonkeyPatch) -> None:
             raise Seen
 
         monkeypatch.setattr(op, "unsupported", lambda *args, **options: None)
+        monkeypatch.setattr(op, "suits", lambda frames: False)
         monkeypatch.setattr("convlstm_fish.ops.triton_kernels.operators.run_forward", look)
         with pytest.raises(Seen):
             run(case, op.conv_lstm_triton, dtype, "cpu", make(case))

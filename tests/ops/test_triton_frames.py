@@ -112,3 +112,30 @@ def test_pooling_in_the_interpreter(height: int, width: int, size: int, poisoned
 @pytest.mark.parametrize(("height", "width", "size"), [(5, 7, 2), (6, 7, 3), (118, 158, 2)])
 def test_pooling(height: int, width: int, size: int, dtype: torch.dtype, poisoned: None) -> None:
     check_pool("cuda", dtype, height, width, size)
+
+
+def check_transpose(device: str, dtype: torch.dtype) -> None:
+    """Compares the layout that a call's input is brought into with torch's."""
+    from convlstm_fish.ops.triton_kernels.transpose import few_channels_last, suits
+
+    random = torch.Generator().manual_seed(4)
+    for channels in (2, 3, 4, 8):
+        frames = torch.randn(5, channels, 7, 61, generator=random).to(device)
+        assert suits(frames)
+        found = few_channels_last(frames, dtype)
+        assert found.is_contiguous()
+        assert torch.equal(found, frames.permute(0, 2, 3, 1).to(dtype))
+    assert not suits(frames.to(memory_format=torch.channels_last))
+    assert not suits(torch.randn(5, 1, 7, 61))
+    assert not suits(frames.requires_grad_())
+
+
+@interpreted
+def test_transpose_in_the_interpreter(poisoned: None) -> None:
+    check_transpose("cpu", torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_transpose(dtype: str, poisoned: None) -> None:
+    check_transpose("cuda", getattr(torch, dtype))

@@ -70,7 +70,7 @@ KERNEL(THREADS, PROGRAMS) backward_step(
             float acc[32], back[8];
             turns.begin();
             begin_products();
-            make_gates(acc, here, here + BYTES_X, shared, own.patch(), half);
+            make_gates<64>(acc, here, here + BYTES_X, shared + half * 1024, own.patch());
             if constexpr (FUSED)
                 convolve<16, HIDDEN, GATES / 8, PLANE_DA>(
                     back, here + BYTES_X + BYTES_H + own.patch(), shared + BYTES_W + half * 256, true

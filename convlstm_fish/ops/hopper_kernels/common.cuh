@@ -168,17 +168,17 @@ DEVICE void convolve(float (&acc)[N / 2], u32 patch, u32 weights, bool fresh) {
             );
 }
 
-// The gates of 16 channels before activation, of this warpgroup's pixels; `at` is the first one's place in the patch.
-DEVICE void make_gates(float (&acc)[32], u32 x, u32 h, u32 weights, int at, int half) {
-    weights += half * 1024;
+// N columns of the gates before activation, 64 for 16 channels, of this warpgroup's pixels; `at` is the first one's place
+// in the patch.
+template <int N> DEVICE void make_gates(float (&acc)[N / 2], u32 x, u32 h, u32 weights, int at) {
     if constexpr (C_IN == 4) {
         const u64 a = describe(x + at, 32, PATCH_W * 16), b = describe(weights, GATES * 16, 128);
 #pragma unroll
-        for (int row = 0; row < 3; row++) Product<64>::add(acc, a + row * PATCH_W, b + row * GATES * 2, row > 0);
+        for (int row = 0; row < 3; row++) Product<N>::add(acc, a + row * PATCH_W, b + row * GATES * 2, row > 0);
     } else {
-        convolve<64, GATES, C_IN / 8, PLANE_X>(acc, x + at, weights, true);
+        convolve<N, GATES, C_IN / 8, PLANE_X>(acc, x + at, weights, true);
     }
-    convolve<64, GATES, HIDDEN / 8, PLANE_H>(acc, h + at, weights + STEPS_X * GATES * 32, false);
+    convolve<N, GATES, HIDDEN / 8, PLANE_H>(acc, h + at, weights + STEPS_X * GATES * 32, false);
 }
 
 struct Tile {
@@ -231,8 +231,8 @@ struct Four {
 // Where in a product's numbers are those of a block of 16 columns, a row, and of 4 channels one.
 DEVICE constexpr int place(int block, int row, int i) { return (block * 2 + i / 2) * 4 + row * 2 + i % 2; }
 
-// The gates i, f, g, o.
-DEVICE void activate(Four (&z)[4], const float (&acc)[32], const float* bias, int row) {
+// The gates i, f, g, o of 16 channels.
+DEVICE void activate(Four (&z)[4], const float* acc, const float* bias, int row) {
 #pragma unroll
     for (int part = 0; part < 4; part++) {
         Four b;

@@ -59,7 +59,7 @@ template <> struct Product<{columns}> {{
 def source(name: str, constants: Constants) -> str:
     """The program text of kernel ``name``."""
     known = dict(constants)
-    products = {16, 64, known["HIDDEN"] + known["C_X"]}
+    products = {16, 64, 4 * known["HIDDEN"], known["HIDDEN"] + known["C_X"]}
     defines = "".join(f"#define {key} {value}\n" for key, value in constants)
     machine = (_FOLDER / "machine.cuh").read_text()
     made = "template <int N> struct Product;" + "".join(_product(n, bool(known["HALF"])) for n in sorted(products))

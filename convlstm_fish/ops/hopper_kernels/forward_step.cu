@@ -47,20 +47,20 @@ KERNEL(THREADS, PROGRAMS) forward_step(
         const Tile ahead = turns.tile<H, W>(next);
         if (last < items) copy(turns.tile<H, W>(last), stages + (round + STAGES - 1) % STAGES * (BYTES_X + BYTES_H));
         end_copies();
+        float acc[GATES / 2];
+        turns.begin();
+        begin_products();
+        make_gates<GATES>(acc, here, here + BYTES_X, shared, own.patch());
+        end_products();
+        turns.end(1);
+        if (item >= items) break;  // the last round
 #pragma unroll
         for (int half = 0; half < HALVES; half++) {
-            float acc[32];
-            turns.begin();
-            begin_products();
-            make_gates(acc, here, here + BYTES_X, shared, own.patch(), half);
-            end_products();
-            turns.end(HALVES);
-            if (item >= items) continue;
 #pragma unroll
             for (int row = 0; row < 2; row++) {
                 const Four before(c[half][row]);
                 Four z[4], h, after;
-                activate(z, acc, bias + half * 16 + own.channel, row);
+                activate(z, acc + half * 32, bias + half * 16 + own.channel, row);
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     after.v[i] = fmaf(z[1].v[i], before.v[i], z[0].v[i] * z[2].v[i]);

@@ -14,6 +14,7 @@ from convlstm_fish.ops.equations import Norm
 from convlstm_fish.ops.geometry import Geometry, Padding
 from convlstm_fish.ops.triton_kernels.layer import make_layer
 from convlstm_fish.ops.triton_kernels.operators import conv_lstm_forward
+from convlstm_fish.ops.triton_kernels.transpose import few_channels_last, suits
 from convlstm_fish.ops.triton_kernels.unrolled import Unrolled
 
 State = tuple[Tensor, Tensor]
@@ -65,6 +66,8 @@ def unsupported(
 
 def _channels_last(image: Tensor, dtype: torch.dtype) -> Tensor:
     """(N, C, H, W) as a contiguous (N, H, W, C), cast and moved in one pass; no copy where it lies so already."""
+    if suits(image):
+        return few_channels_last(image, dtype)
     return image.to(dtype=dtype, memory_format=torch.channels_last).permute(0, 2, 3, 1).contiguous()
 
 
