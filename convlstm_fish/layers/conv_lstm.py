@@ -212,7 +212,9 @@ class ConvLSTM(nn.Module):
                 states.append(state)
             final = last and not self.return_sequences
             x = outputs[0] if directions == 1 else torch.cat(outputs, dim=1 if final else 2)
-        h_n, c_n = (torch.stack(part) for part in zip(*states))
+        # A single state needs no copy, unless its h is the output.
+        alone = len(states) == 1 and self.return_sequences
+        h_n, c_n = (part[0].unsqueeze(0) if alone else torch.stack(part) for part in zip(*states))
         if self.return_sequences and not self.batch_first:
             x = x.transpose(0, 1)
         return x, (h_n, c_n)

@@ -251,8 +251,8 @@ DEVICE void activate(Four (&z)[4], const float* acc, const float* bias, int row)
 struct Turns {
     int team, items, backwards, first, step, rounds, phase;
     DEVICE Turns(int items, int backwards)
-        : team(::team()), items(items), backwards(backwards), first(blockIdx.x * TEAMS + team), step(gridDim.x * TEAMS),
-          rounds((items - (int)blockIdx.x * TEAMS + step - 1) / step), phase(0) {}
+        : team(::team()), items(items), backwards(backwards), first(team * gridDim.x + blockIdx.x), step(gridDim.x * TEAMS),
+          rounds((items - (int)blockIdx.x + step - 1) / step), phase(0) {}
     // `backwards` from the last tile to the first: a launch begins where the one before it ended, with what that left in
     // the L2 cache.
     template <int HEIGHT, int WIDTH> DEVICE Tile tile(int item) const {

@@ -54,7 +54,7 @@ class Steps:
         return self._kernels[key]
 
     def _programs(self, plan: Plan, size: tuple[int, int], clips: int) -> int:
-        return min(-(-plan.tiles(size) * clips // plan.teams), plan.programs * self.multiprocessors)
+        return min(plan.tiles(size) * clips, plan.programs * self.multiprocessors)
 
     def backwards(self) -> int:
         """Every other launch goes through the tiles backwards, and finds in the L2 cache what the last one left."""
