@@ -82,8 +82,8 @@ def conv_lstm(
         return_sequences: False keeps no sequence and returns None in its place.
         checkpoint_every: keep only the state of every so many steps for the backward pass and compute the rest again.
             Under the transforms of torch.func everything is kept.
-        backend: "reference", "triton", or "auto", which may choose, on a CPU too; a named backend that cannot run
-            raises.
+        backend: "reference", "triton" (kernels for GPUs: Triton's, and CUDA kernels that take narrow layers on Hopper
+            GPUs), or "auto", which may choose, on a CPU too; a named backend that cannot run raises.
         detach_every: truncated back-propagation: no gradient passes from step k * detach_every to the step before it
             (after it in reverse).
         norm: gains and groups of the layer or group norm inside the cell, or None.

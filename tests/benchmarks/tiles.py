@@ -18,7 +18,7 @@ from measure import RESULTS, machine, write
 from torch.profiler import ProfilerActivity, profile
 
 from convlstm_fish.ops import conv_lstm
-from convlstm_fish.ops.triton_kernels import tuning
+from convlstm_fish.ops.triton_kernels import tuning, weights
 
 KERNELS = {
     "forward": "forward_step",
@@ -70,14 +70,15 @@ def candidates(kernel: str, hidden: int, default: tuning.Tiles) -> Iterator[tuni
 def run(args: argparse.Namespace, clips: int, tiles: tuning.Tiles) -> tuple[torch.Tensor, ...]:
     """Output and gradients of the layer with these tiles."""
     tuning.choose = lambda *_: tiles
+    weights.covers = lambda *_: False  # the Triton kernels, also where the Hopper kernels would take the layer
     rng = torch.Generator("cuda").manual_seed(0)
     dtype = getattr(torch, args.dtype)
     x = torch.rand(clips, args.steps, *args.size, args.channels, device="cuda", generator=rng).to(dtype)
     x = x.permute(0, 1, 4, 2, 3).requires_grad_(not args.first)
     shapes = [(4 * args.hidden, c, args.kernel, args.kernel) for c in (args.channels, args.hidden)]
-    weights = [(0.05 * torch.randn(s, device="cuda", generator=rng)).requires_grad_() for s in shapes]
-    output, _ = conv_lstm(x, None, weights[0].to(dtype), weights[1].to(dtype), padding=args.padding, backend="triton")
-    return (output, *torch.autograd.grad(output, [*weights] if args.first else [x, *weights], output.detach()))
+    both = [(0.05 * torch.randn(s, device="cuda", generator=rng)).requires_grad_() for s in shapes]
+    output, _ = conv_lstm(x, None, both[0].to(dtype), both[1].to(dtype), padding=args.padding, backend="triton")
+    return (output, *torch.autograd.grad(output, both if args.first else [x, *both], output.detach()))
 
 
 def prepare(job: tuple[argparse.Namespace, tuning.Tiles]) -> str | None:

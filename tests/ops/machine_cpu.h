@@ -1,4 +1,5 @@
-// machine.cuh for the CPU: each CUDA thread is a thread, and what a warp does together goes through memory and a barrier.
+// machine.cuh for the CPU: each CUDA thread is a thread, and what a warp does together goes through memory and a
+// barrier.
 // Copies happen at once, so that this tells nothing of races; it does of every index.
 #include <barrier>
 #include <cmath>
@@ -74,7 +75,9 @@ inline void copy(u32 to, const void* from, int bytes, bool exists) {
 inline void copy16(u32 to, const void* from, bool exists) { copy(to, from, 16, exists); }
 inline void copy8(u32 to, const void* from, bool exists) { copy(to, from, 8, exists); }
 inline void end_copies() {}
-template <int COUNT, int PENDING> inline void wait_for_copies(int barrier) { waiting[barrier].at(COUNT).arrive_and_wait(); }
+template <int COUNT, int PENDING> inline void wait_for_copies(int barrier) {
+    waiting[barrier].at(COUNT).arrive_and_wait();
+}
 template <int COUNT> inline void meet(int barrier) { waiting[barrier].at(COUNT).arrive_and_wait(); }
 template <int COUNT> inline void tell(int barrier) { (void)waiting[barrier].at(COUNT).arrive(); }
 inline void begin_products() {}
@@ -139,7 +142,8 @@ inline void load_transposed(u32 (&a)[4], u32 from) {
 struct Matrix {
     u32 start;
     int leading, stride;
-    Matrix(u64 bits) : start((bits & 0x3fff) << 4), leading((bits >> 16 & 0x3fff) << 4), stride((bits >> 32 & 0x3fff) << 4) {}
+    Matrix(u64 bits)
+        : start((bits & 0x3fff) << 4), leading((bits >> 16 & 0x3fff) << 4), stride((bits >> 32 & 0x3fff) << 4) {}
     float along(int row, int k) const {  // 8 rows of 8 numbers of K
         return get(start + k / 8 * leading + row / 8 * stride + row % 8 * 16 + k % 8 * 2);
     }

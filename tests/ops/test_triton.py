@@ -190,6 +190,21 @@ def test_same_bits_twice() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["serenity-1", "holmdk"])
+def test_on_a_gpu_that_is_not_the_current_one(name: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    tensors = make(LARGE[name])
+    here, there = (
+        run(LARGE[name], conv_lstm, torch.bfloat16, device, tensors, backend="triton")
+        for device in ("cuda:0", "cuda:1")
+    )
+    for key, value in here.items():
+        assert there[key].device.index == 1
+        assert torch.equal(value.cpu(), there[key].cpu()), key
+
+
+@pytest.mark.gpu
 def test_strided_input_and_inference_agree_with_training(precision: Callable[[bool], None]) -> None:
     precision(False)
     case = SMALL["plain"]

@@ -33,12 +33,15 @@ KERNEL(THREADS, PROGRAMS) adjoint_step(
         else
             wait_for_copies<TEAM, STAGES - 2>(1 + turns.team);
         const Tile ahead = turns.tile<HEIGHT_BACK, WIDTH_BACK>(next);
-        if (last < items) copy(turns.tile<HEIGHT_BACK, WIDTH_BACK>(last), stages + (round + STAGES - 1) % STAGES * BYTES_DA);
+        if (last < items)
+            copy(turns.tile<HEIGHT_BACK, WIDTH_BACK>(last), stages + (round + STAGES - 1) % STAGES * BYTES_DA);
         end_copies();
         float acc[COLUMNS_BACK / 2];
         turns.begin();
         begin_products();
-        convolve<COLUMNS_BACK, COLUMNS_BACK, GATES / 8, PLANE_DA>(acc, stages + stage * BYTES_DA + own.patch(), shared, true);
+        convolve<COLUMNS_BACK, COLUMNS_BACK, GATES / 8, PLANE_DA>(
+            acc, stages + stage * BYTES_DA + own.patch(), shared, true
+        );
         end_products();
         turns.end(1);
         if (item >= items) break;  // the last round

@@ -6,8 +6,8 @@ constexpr int STAGE_BACK = BYTES_X + BYTES_H + (FUSED ? BYTES_DA : 0);
 // The gradient of h is the sum of what is there: the adjoint product of da_next (FUSED), dh, dout.
 KERNEL(THREADS, PROGRAMS) backward_step(
     const u16* x, const u16* h_in, const u16* c_in, const u16* da_next, const u16* dh, const u16* dout, float* dc,
-    u16* da, const u16* weights, const u16* adjoint, const float* bias, float* dbias, int clips, int backwards, i64 x_n, i64 h_in_n,
-    i64 c_in_n, i64 da_n, i64 dout_n
+    u16* da, const u16* weights, const u16* adjoint, const float* bias, float* dbias, int clips, int backwards, i64 x_n,
+    i64 h_in_n, i64 c_in_n, i64 da_n, i64 dout_n
 ) {
     const u32 shared = shared_base(), stages = shared + BYTES_W + BYTES_BACK + team() * STAGES * STAGE_BACK;
     const Place own;

@@ -2,9 +2,9 @@
 //
 // A program keeps its weights in shared memory and goes from tile to tile; a tile is WY x WX blocks of 8 x 8 pixels,
 // one a warpgroup. Its patch, the tile with a halo of one pixel, lies in shared memory in planes of 8 channels, 16
-// bytes a pixel. In that layout 8 neighbouring pixels are one of the 8 x 16 byte matrices that a product reads, wherever
-// they begin: the nine taps of a convolution are nine addresses, and no patch is ever written out. The next tiles'
-// patches are copied while this one is multiplied.
+// bytes a pixel. In that layout 8 neighbouring pixels are one of the 8 x 16 byte matrices that a product reads,
+// wherever they begin: the nine taps of a convolution are nine addresses, and no patch is ever written out. The next
+// tiles' patches are copied while this one is multiplied.
 //
 // Constants: HIDDEN, C_IN (4, or a multiple of 16); sizes H, W of the state and HI, WI of the input, PY, PX its
 // padding; WY, WX, and GROUPS of warpgroups in a team, TEAMS of them in a program, PROGRAMS a multiprocessor, STAGES of
@@ -35,7 +35,8 @@ constexpr int BYTES_H = PLANE_H * (HIDDEN / 8);
 constexpr int BYTES_X = C_IN == 4 ? PATCH * 16 : PLANE_X * (C_IN / 8);
 constexpr int BYTES_DA = PLANE_DA * (GATES / 8);
 
-// Blocks of 16 rows of the weights, forward and adjoint: of 4 input channels a row of taps makes one, with a fourth tap of zeros.
+// Blocks of 16 rows of the weights, forward and adjoint: of 4 input channels a row of taps makes one, with a fourth
+// tap of zeros.
 constexpr int STEPS_X = C_IN == 4 ? 3 : 9 * (C_IN / 16);
 constexpr int STEPS_H = 9 * HALVES;
 constexpr int STEPS_BACK = 9 * GATES / 16;
@@ -91,8 +92,8 @@ constexpr int pieces_at_once(int pieces, int columns, int rows) {
 }
 
 // ROWS x COLUMNS pixels of an image from (y0, x0) on, zeros outside it or where it does not exist, into planes PLANE
-// bytes apart. A pixel has CHUNKS chunks of 8 channels, one beside the other (STEP 8) or in planes of their own. A thread
-// has one column and goes down the rows, so that an address is a sum with a constant.
+// bytes apart. A pixel has CHUNKS chunks of 8 channels, one beside the other (STEP 8) or in planes of their own. A
+// thread has one column and goes down the rows, so that an address is a sum with a constant.
 template <int CHUNKS, int ROWS, int COLUMNS, int PLANE, int STEP>
 DEVICE void copy_chunks(u32 to, const u16* image, int y0, int x0, int height, int width, bool exists) {
     constexpr int PIXEL = STEP == 8 ? CHUNKS * 8 : 8;
@@ -123,8 +124,8 @@ DEVICE void copy_image(u32 to, const u16* image, int y0, int x0, int height, int
     copy_chunks<CHUNKS, TILE_H + 2, PATCH_W, PLANE, 8>(to, image, y0, x0, height, width, exists);
 }
 
-// Pixels of CHUNKS planes of the gates' gradients. They lie in planes in global memory as well: copied from one channels
-// last, each 16 bytes would be a request of their own to the L2 cache, whose requests were the limit.
+// Pixels of CHUNKS planes of the gates' gradients. They lie in planes in global memory as well: copied from an image
+// channels last, each 16 bytes would be a request of their own to the L2 cache, whose requests were the limit.
 template <int CHUNKS, int ROWS, int COLUMNS, int PLANE>
 DEVICE void copy_planes(u32 to, const u16* planes, int y0, int x0, bool exists) {
     copy_chunks<CHUNKS, ROWS, COLUMNS, PLANE, H * W * 8>(to, planes, y0, x0, H, W, exists);
@@ -168,8 +169,8 @@ DEVICE void convolve(float (&acc)[N / 2], u32 patch, u32 weights, bool fresh) {
             );
 }
 
-// N columns of the gates before activation, 64 for 16 channels, of this warpgroup's pixels; `at` is the first one's place
-// in the patch.
+// N columns of the gates before activation, 64 for 16 channels, of this warpgroup's pixels; `at` is the first one's
+// place in the patch.
 template <int N> DEVICE void make_gates(float (&acc)[N / 2], u32 x, u32 h, u32 weights, int at) {
     if constexpr (C_IN == 4) {
         const u64 a = describe(x + at, 32, PATCH_W * 16), b = describe(weights, GATES * 16, 128);
@@ -251,10 +252,10 @@ DEVICE void activate(Four (&z)[4], const float* acc, const float* bias, int row)
 struct Turns {
     int team, items, backwards, first, step, rounds, phase;
     DEVICE Turns(int items, int backwards)
-        : team(::team()), items(items), backwards(backwards), first(team * gridDim.x + blockIdx.x), step(gridDim.x * TEAMS),
-          rounds((items - (int)blockIdx.x + step - 1) / step), phase(0) {}
-    // `backwards` from the last tile to the first: a launch begins where the one before it ended, with what that left in
-    // the L2 cache.
+        : team(::team()), items(items), backwards(backwards), first(team * gridDim.x + blockIdx.x),
+          step(gridDim.x * TEAMS), rounds((items - (int)blockIdx.x + step - 1) / step), phase(0) {}
+    // `backwards` from the last tile to the first: a launch begins where the one before it ended, with what that left
+    // in the L2 cache.
     template <int HEIGHT, int WIDTH> DEVICE Tile tile(int item) const {
         return Tile::of<HEIGHT, WIDTH>(backwards ? items - 1 - item : item);
     }

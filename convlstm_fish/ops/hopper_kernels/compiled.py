@@ -8,6 +8,7 @@ import functools
 import hashlib
 import struct
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,20 @@ SHARED_EACH = 1 << 10
 Constants = tuple[tuple[str, int], ...]
 
 
+@functools.cache
+def _compiler() -> bool:
+    """Whether NVIDIA's bindings, which torch for CUDA depends on, find the compiler."""
+    try:
+        return nvrtc is not None and int(nvrtc.nvrtcVersion()[0]) == 0
+    except RuntimeError as error:
+        warnings.warn(f"layers of 16 and 32 channels run on slower kernels: {error}", stacklevel=2)
+        return False
+
+
+@functools.cache
 def available(device: torch.device) -> bool:
-    """Whether the kernels run there: a Hopper GPU, and NVIDIA's bindings, which torch depends on."""
-    return driver is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    """Whether the kernels run there: on a Hopper GPU."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0) and _compiler()
 
 
 def _product(columns: int, half: bool) -> str:
@@ -124,7 +136,11 @@ class Kernel:
         self.device, self.threads, self.shared = torch.cuda.current_device(), threads, shared
 
     def launch(self, grid: tuple[int, int], *args: Tensor | int | None) -> None:
-        """Runs it on the current stream."""
+        """Runs it on the current stream of its GPU."""
+        if torch.cuda.current_device() != self.device:
+            with torch.cuda.device(self.device):
+                self.launch(grid, *args)
+            return
         stream = torch.cuda.current_stream(self.device).cuda_stream
         with self.arguments.packed(args) as pointers:
             result = driver.cuLaunchKernel(

@@ -5,8 +5,8 @@ constexpr int STEPS_SUM = TILE_H * TILE_W / 16;
 constexpr int PLANE_SUM = plane(TILE_H * TILE_W, 8);
 constexpr int STAGE_SUM = BYTES_X + BYTES_H + 8 * PLANE_SUM;
 
-// Adds patches(x | h)ᵀ da of the steps first .. first + steps - 1 to the gradients of the weights, in blocks of 16 rows
-// as the forward step reads them. Each program has its own sums, (UNITS * 16, 4 * HIDDEN); 64 columns a program.
+// Adds patches(x | h)ᵀ da of the steps first .. first + steps - 1 to the gradients of the weights, in blocks of 16
+// rows as the forward step reads them. Each program has its own sums, (UNITS * 16, 4 * HIDDEN); 64 columns a program.
 KERNEL(THREADS, PROGRAMS) weight_gradients(
     const u16* x, const u16* h, const u16* da, float* sums, int clips, int first, int steps, int slots, int last,
     int reverse, int with_h, int fresh, int backwards, i64 x_n, i64 x_t, i64 h_n, i64 h_t, i64 da_n, i64 da_t

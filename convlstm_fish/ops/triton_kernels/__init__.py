@@ -1,4 +1,7 @@
-"""The ConvLSTM in Triton: kernels of one step, of the gradients over all steps, and the operators made of them."""
+"""The ConvLSTM in Triton: kernels of one step, of the gradients over all steps, and the operators made of them.
+
+Narrow layers on Hopper GPUs go on to the CUDA kernels of :mod:`convlstm_fish.ops.hopper_kernels`.
+"""
 
 from convlstm_fish.ops.triton_kernels.batch_norm import batch_norm_triton, scale_triton
 from convlstm_fish.ops.triton_kernels.op import UnrollTriton, conv_lstm_triton, unsupported

@@ -41,8 +41,14 @@ def launch(
         num_warps: warps of a program.
         registers: at most so many of a thread; 0 leaves it to the compiler.
 
-    Where the GPU has too little shared memory, fewer stages are tried.
+    It runs on the first argument's GPU, which need not be the current one. Where that has too little shared memory,
+    fewer stages are tried.
     """
+    at = args[0].get_device()  # -1 for memory of the CPU
+    if at >= 0 and at != torch.cuda.current_device():
+        with torch.cuda.device(at):
+            launch(kernel, grid, args, constants, num_warps, registers)
+        return
     values = tuple(constants[name] for name in kernel.arg_names[len(args) :])
     # An interpreted kernel has no such list, and no compiled form either.
     loose = getattr(kernel, "do_not_specialize", ())
