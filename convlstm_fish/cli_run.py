@@ -17,7 +17,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
-from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.plugins.io import CheckpointIO
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -43,6 +43,7 @@ from convlstm_fish.tasks.callbacks import (
     CudaGraphs,
     EpochLine,
     GracefulStop,
+    LateProgressBar,
     NonFiniteGuard,
     SignalStop,
     StepSeed,
@@ -258,7 +259,7 @@ class FishCLI(LightningCLI):
         callbacks: list[pl.Callback] = []
         wants_bar = trainer["enable_progress_bar"] is not False
         if wants_bar and os.isatty(1):
-            callbacks.append(RichProgressBar())
+            callbacks.append(LateProgressBar())
         elif wants_bar:
             trainer["enable_progress_bar"] = False  # a log file gets a line an epoch instead
         callbacks.append(SignalStop())

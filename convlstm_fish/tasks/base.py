@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from convlstm_fish.errors import UserError, require
+from convlstm_fish.tasks.callbacks.progress_bar import LateProgressBar
 
 Batch = dict[str, Any]
 
@@ -101,6 +102,13 @@ class Task(pl.LightningModule, ABC):
         factor = schedule_factor(h["lr_schedule"], h["warmup_steps"], total)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def _log_loss(self, total: Tensor) -> None:
+        """Log the training loss; on a bar of Lightning's own as well, which waits for the GPU in each step."""
+        bar = None if self._trainer is None else self._trainer.progress_bar_callback
+        self.log("train/loss", total.detach(), prog_bar=bar is not None and not isinstance(bar, LateProgressBar))
 
     # -- validation and test ---------------------------------------------------------------------------------------
 

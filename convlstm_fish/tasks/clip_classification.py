@@ -166,7 +166,7 @@ class ClipClassification(Task):
         if self.class_weights is not None:
             losses = losses * self.class_weights[label]
         total = losses.mean() + self.penalty()
-        self.log("train/loss", total.detach(), prog_bar=True)
+        self._log_loss(total)
         return total
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:

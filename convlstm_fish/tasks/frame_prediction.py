@@ -256,7 +256,7 @@ class FramePrediction(Task):
         video, future = batch["video"], batch["future"]
         truth = torch.cat([video[:, 1:], future], dim=1) if self.hparams["loss_on_context"] else future
         total = self.loss(self._training_logits(video, future), truth).mean()
-        self.log("train/loss", total.detach(), prog_bar=True)
+        self._log_loss(total)
         return total
 
     def on_test_epoch_end(self) -> None:

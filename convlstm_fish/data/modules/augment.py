@@ -81,8 +81,9 @@ class Augmentation:
         column = {name: numbers[:, k].view(-1, 1, 1, 1, 1) for k, name in enumerate(COLUMNS)}
         if self.flips != "none":
             words = by_words(video)  # rows keep their pixels in order
-            video = torch.where(column["flip_rows"] > 0, words.flip(-2), words).view(torch.uint8)
-            video = torch.where(column["flip_columns"] > 0, video.flip(-1), video)
+            words = torch.where(column["flip_rows"] > 0, words.flip(-2), words)
+            mirrored = by_words(words.view(torch.uint8).flip(-1))
+            video = torch.where(column["flip_columns"] > 0, mirrored, words).view(torch.uint8)
         if self.shift:
             video = _shift(_shift(video, column["shift_rows"], -2), column["shift_columns"], -1)
         out = to_unit(video, dtype)

@@ -292,4 +292,4 @@ def by_words(pixels: Tensor) -> Tensor:
 
 def to_unit(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 pixels divided by 255, in ``dtype``."""
-    return pixels.to(dtype).div_(255)
+    return pixels / torch.tensor(255, dtype=dtype)  # one pass over the pixels

@@ -6,6 +6,7 @@ from convlstm_fish.tasks.callbacks.frame_grids import FrameGrids
 from convlstm_fish.tasks.callbacks.graceful_stop import GracefulStop, SignalStop, StopRequested
 from convlstm_fish.tasks.callbacks.monitor import EpochLine, TrainingMonitor
 from convlstm_fish.tasks.callbacks.non_finite_guard import NonFiniteError, NonFiniteGuard
+from convlstm_fish.tasks.callbacks.progress_bar import LateProgressBar
 from convlstm_fish.tasks.callbacks.step_seed import StepSeed
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "EpochLine",
     "FrameGrids",
     "GracefulStop",
+    "LateProgressBar",
     "NonFiniteError",
     "NonFiniteGuard",
     "SignalStop",

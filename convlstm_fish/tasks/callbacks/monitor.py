@@ -78,7 +78,8 @@ class EpochLine(pl.Callback):
         """Print the line."""
         if not trainer.is_global_zero:
             return
-        figures = {n: float(v) for n, v in trainer.callback_metrics.items() if n in trainer.progress_bar_metrics}
+        wanted = {"train/loss", *trainer.progress_bar_metrics}
+        figures = {n: float(v) for n, v in trainer.callback_metrics.items() if n in wanted}
         told = "  ".join(f"{name} {value:.4f}" for name, value in sorted(figures.items()))
         of = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
         print(f"epoch {trainer.current_epoch + 1}{of}  {told}  {time.monotonic() - self._since:.1f} s", flush=True)
