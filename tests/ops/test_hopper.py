@@ -151,6 +151,14 @@ def test_what_is_covered(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not covered(plain._replace(**change)), change
 
 
+def test_frames_are_covered_as_far_as_32_bits_count() -> None:
+    def fits(side: int) -> bool:
+        return plan._fits(plan.Shape(16, 32, (side, side), (side, side), (1, 1), 0, False, True, False))
+
+    assert fits(4095)  # of 128 gates
+    assert not fits(4096)
+
+
 @pytest.mark.skipif(compiled.nvrtc is None, reason="needs NVIDIA's bindings, which come with torch for CUDA")
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize(("channels", "hidden"), [(4, 16), (16, 32), (32, 16), (4, 32)])

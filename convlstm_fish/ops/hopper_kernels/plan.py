@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -155,7 +156,9 @@ def _fits(shape: Shape) -> bool:
     # The tiles of the input's gradient are the input's, and have to include the state's pixels.
     inside = all(p <= 1 and i + p > s for i, p, s in zip(shape.size_in, shape.pads, shape.size))
     plans = (plan_forward(shape), plan_backward(shape, shape.fused), plan_adjoint(shape, True), plan_sums(shape))
-    return inside and None not in plans
+    # Within a frame places are counted in 32 bits.
+    countable = shape.gates * max(math.prod(shape.size), math.prod(shape.size_in)) < 2**31
+    return inside and countable and None not in plans
 
 
 def covers(
