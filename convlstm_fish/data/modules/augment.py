@@ -82,7 +82,7 @@ class Augmentation:
         if self.flips != "none":
             words = by_words(video)  # rows keep their pixels in order
             words = torch.where(column["flip_rows"] > 0, words.flip(-2), words)
-            mirrored = by_words(words.view(torch.uint8).flip(-1))
+            mirrored = words.view(torch.uint8).flip(-1).view(words.dtype)
             video = torch.where(column["flip_columns"] > 0, mirrored, words).view(torch.uint8)
         if self.shift:
             video = _shift(_shift(video, column["shift_rows"], -2), column["shift_columns"], -1)

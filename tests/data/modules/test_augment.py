@@ -35,6 +35,13 @@ def test_all_flips_are_the_published_four(width: int) -> None:
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
+def test_clips_that_lie_apart_in_memory_are_flipped_alike() -> None:
+    video = clips(4, 16)[:, ::2]
+    numbers, seeds = batch(Augmentation("all"), count=4)
+    made = Augmentation("all").apply(video, numbers, seeds, torch.float32)
+    assert torch.equal(made, Augmentation("all").apply(video.contiguous(), numbers, seeds, torch.float32))
+
+
 def test_random_flips_take_all_four_and_none_takes_one() -> None:
     numbers, _ = batch(Augmentation("random"), count=64)
     assert {tuple(row) for row in numbers[:, :2].tolist()} == {(0, 0), (0, 1), (1, 0), (1, 1)}
