@@ -43,8 +43,11 @@ class GracefulStop(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replace Lightning's handlers, which it has set just before."""
-        self._asked, self._reduced = 0, None
+        self._asked, self._reduced = signal.SIGTERM if trainer.received_sigterm else 0, None
         self._previous = _listen(self._ask)
+        if self._previous:
+            # With its handlers gone this has nothing to tell the other processes, and waits for the GPU in each step.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._asked:
@@ -59,8 +62,10 @@ class GracefulStop(pl.Callback):
             return
         asked = self._asked
         if trainer.world_size > 1:
-            before, mine = self._reduced, torch.full((), asked, device=pl_module.device)
-            self._reduced = Late(trainer.strategy.reduce(mine, reduce_op="max"))
+            before, most = self._reduced, torch.full((), asked, device=pl_module.device)
+            # Not the strategy's reduce(), before which Lightning has all processes wait for each other.
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+            self._reduced = Late(most)
             # Of the step before, so that nobody waits; it is the same in all processes.
             asked = 0 if before is None else int(before.read())
         if not asked:
@@ -77,6 +82,7 @@ class GracefulStop(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put back the handlers that were there before."""
         _put_back(self._previous)
+        vars(trainer.fit_loop.epoch_loop).pop("_broadcast_sigterm_tensor", None)  # the class's own is back
 
 
 class SignalStop(pl.Callback):
@@ -113,6 +119,10 @@ def _listen(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
         return {}  # Python delivers signals to the main thread only
     numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
     return {number: signal.signal(number, handler) for number in numbers}
+
+
+def _nothing() -> None:
+    pass
 
 
 def _put_back(handlers: dict[int, Any]) -> None:
