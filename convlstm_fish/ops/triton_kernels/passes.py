@@ -80,7 +80,7 @@ def run_backward(
     """Adds to the gradients of the parameters.
 
     Returns:
-        The gradients of x, h_0 and c_0, empty unless needed; the first two may be slices of one tensor.
+        The gradients of x, h_0 and c_0, empty unless needed.
     """
     tiles = layer.tiles
     tile = tiles.backward
@@ -89,15 +89,14 @@ def run_backward(
     chunk = max(1, min(steps, CHUNK_BYTES // (4 * clips * numbers * x.element_size())))
     # One more than a chunk, because a step reads the da of the step after while its own chunk fills.
     da = gradients.room(layer, x, min(chunk + 1, steps))
-    dout = None if dout is None else dout.contiguous()
-    dh_n = None if dh_n is None else dh_n.contiguous()
+    dout, dh_n, dc_n = (None if t is None else t.contiguous() for t in (dout, dh_n, dc_n))
     dc = torch.empty((clips, *layer.size, hidden), dtype=torch.float32, device=x.device)
-    _ = dc.zero_() if dc_n is None else dc.copy_(dc_n)
     narrow = weights.steps
-    # A single step's gradients of x and h_0 are one product where the convolutions are alike.
-    together = steps == 1 and need_x and need_state and layer.alike and mask is None and lengths is None
-    together = together and narrow is None
-    dx = torch.empty_like(x) if need_x and not together else x.new_empty(0)
+    # Of a wide layer the product and the rest of a step are launches of their own, each cut as suits it. Where the
+    # convolutions look at the same pixels, one product gives the gradients of h and x.
+    apart = narrow is None and tiles.keep_gates and lengths is None
+    joint = apart and need_x and layer.alike and mask is None
+    dx = torch.empty_like(x) if need_x else x.new_empty(0)
 
     def take_up(s: int, waiting: int) -> None:
         """What needs the da of the steps s .. s + waiting - 1."""
@@ -107,58 +106,67 @@ def run_backward(
                 gradients.add(h, numbers, True, x, mask, da, 1, waiting - 1, lengths)
         else:
             gradients.add(h, numbers, False, x, mask, da, s, waiting, lengths)
-        if need_x and not together and narrow is None:
+        if need_x and not joint and narrow is None:
             write_image_gradient(layer, weights.image_x, da, dx, x.stride(1), None, s, waiting, lengths)
 
     if narrow is not None:
+        _ = dc.zero_() if dc_n is None else dc.copy_(dc_n)
         dh_0 = hopper.run_backward(
             narrow, dout, dh_n, dc, h, cells, x, h_0, c_0, layer.reverse, chunk, da, gradients.dbias,
             dx if need_x else None, need_state, take_up,
         )  # fmt: skip
         return (dx, x.new_empty(0), dc.new_empty(0)) if dh_0 is None else (dx, dh_0, dc)
     w_x, w_h, bias = weights.backward
-    w_back = weights.adjoint
+    w_back = None if apart else weights.adjoint
     constants = layer.constants() | {
-        "tiles": layer.tiles_per_image, "ldw": 0 if w_h is None else w_h.shape[1], "ldw_back": w_back.shape[1],
-        "CP_GATES": round_channels(4 * hidden), "PEEPHOLE": weights.peephole_kind, "HAS_BIAS": weights.bias is not None,
-        "HAS_MASK": mask is not None, "HAS_LENGTHS": lengths is not None, "HAS_DOUT": dout is not None,
-        "HAS_DH_N": dh_n is not None, "HAS_GATES": tiles.keep_gates, "BM": tile.pixels, "BK": tile.rows,
-        "BKX": tile.rows_x, "BKB": tile.rows_back, "TW": tile.patch, "HALO": layer.halo,
-        "STAGES": tile.stages, "STAGES_BACK": tile.stages_back,
+        "tiles": layer.tiles_per_image, "ldw": 0 if w_h is None else w_h.shape[1],
+        "ldw_back": 0 if w_back is None else w_back.shape[1], "CP_GATES": round_channels(4 * hidden),
+        "PEEPHOLE": weights.peephole_kind, "HAS_BIAS": weights.bias is not None, "HAS_MASK": mask is not None,
+        "HAS_LENGTHS": lengths is not None, "HAS_DOUT": dout is not None, "HAS_GATES": tiles.keep_gates,
+        "BM": tile.pixels, "BK": tile.rows, "BKX": tile.rows_x, "BKB": tile.rows_back, "TW": tile.patch,
+        "HALO": layer.halo, "STAGES": tile.stages, "STAGES_BACK": tile.stages_back,
     }  # fmt: skip
     factor = x if mask is None else mask  # a pointer that is only read with HAS_MASK
+    dh, dc_in = dh_n, dc_n
+    if lengths is not None:  # a clip's last step comes when others have begun, and finds its dc in place
+        dc_in = dc.zero_() if dc_n is None else dc.copy_(dc_n)
+    dh_before = torch.empty_like(dc, dtype=x.dtype) if need_state or (apart and steps > 1) else x.new_empty(0)
+    # Without a product to make, a wide layer's programs are small, so that more of them run side by side.
+    constants["BC"] = min(tile.channels, 32) if apart else tile.channels
+    grid = (layer.tiles_per_image * triton.cdiv(hidden, constants["BC"]), clips)
     waiting = 0
     for s in reversed(range(steps)):
         h_in, c_in, before_t = h, cells, numbers
         if s == 0 and h_0 is not None and c_0 is not None:
             h_in, c_in, before_t = h_0, c_0, 0
         args = (
-            x, h_in, c_in, gates, dout, dh_n, da, dc, gradients.dpeephole, gradients.dbias,
+            x, h_in, c_in, gates, dout, dh, da, dc_in, dc, gradients.dpeephole, gradients.dbias,
             w_x, w_h, w_back, bias, *weights.peephole, factor, lengths,
             s, steps, s % da.shape[1], (s + 1) % da.shape[1], x.stride(0), x.stride(1),
             h_in.stride(0), before_t, c_in.stride(0), before_t, 4 * steps * numbers, 4 * numbers,
             steps * numbers, numbers, da.stride(0), da.stride(1), numbers,
         )  # fmt: skip
-        constants["HAS_STATE"] = s > 0 or h_0 is not None
-        constants["HAS_NEXT"] = lengths is not None or s + 1 < steps
-        # Without a product to make, a wide layer's programs are small, so that more of them run side by side.
-        light = tiles.keep_gates and not constants["HAS_NEXT"]
-        constants["BC"] = min(tile.channels, 32) if light else tile.channels
-        grid = (layer.tiles_per_image * triton.cdiv(hidden, constants["BC"]), clips)
+        constants |= {
+            "HAS_STATE": s > 0 or h_0 is not None,
+            "HAS_NEXT": not apart and (lengths is not None or s + 1 < steps),
+            "HAS_DH": dh is not None,
+            "HAS_DC": dc_in is not None,
+        }
         launch(backward_step, grid, args, constants, tile.warps, tile.registers)
+        dc_in = dc
+        wanted = s > 0 or need_state
+        if joint and wanted:
+            write_image_gradient(layer, weights.image_both, da, dx, x.stride(1), None, s, 1, None, dh_before)
+        elif joint:
+            write_image_gradient(layer, weights.image_x, da, dx, x.stride(1), None, s, 1, None)
+        elif wanted and (apart or s == 0):
+            write_image_gradient(layer, weights.image_h, da, dh_before, 0, mask, s, 1, lengths)
+        if apart:
+            dh = dh_before
         waiting += 1
         if waiting < chunk and s > 0:
             continue
         take_up(s, waiting)
         waiting = 0
 
-    if not need_state:
-        return dx, x.new_empty(0), dc.new_empty(0)
-    if together:
-        both = x.new_empty(clips, *layer.size, layer.channels + hidden)
-        write_image_gradient(layer, weights.image_both, da, both, 0, None, 0, 1, None)
-        dx, dh_0 = both.split([layer.channels, hidden], -1)
-        return dx.unsqueeze(1), dh_0, dc
-    dh_0 = torch.empty_like(dc, dtype=x.dtype)
-    write_image_gradient(layer, weights.image_h, da, dh_0, 0, mask, 0, 1, lengths)
-    return dx, dh_0, dc
+    return (dx, dh_before, dc) if need_state else (dx, x.new_empty(0), dc.new_empty(0))

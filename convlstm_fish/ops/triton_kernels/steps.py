@@ -165,7 +165,7 @@ def forward_step(
 
 @triton.jit(do_not_specialize=["s", "T", "slot", "slot_next"])
 def backward_step(
-    x_ptr, h_in_ptr, c_in_ptr, gates_ptr, dout_ptr, dh_n_ptr, da_ptr, dc_ptr, dpeephole_ptr, dbias_ptr,
+    x_ptr, h_in_ptr, c_in_ptr, gates_ptr, dout_ptr, dh_ptr, da_ptr, dc_in_ptr, dc_ptr, dpeephole_ptr, dbias_ptr,
     w_x_ptr, w_h_ptr, w_back_ptr, bias_ptr, w_ci_ptr, w_cf_ptr, w_co_ptr, mask_ptr, length_ptr,
     s, T, slot, slot_next,
     x_n, x_t, h_in_n, h_in_t, c_in_n, c_in_t, gates_n, gates_t, dout_n, dout_t, da_n, da_t, state_n,
@@ -176,15 +176,15 @@ def backward_step(
     SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, DY: tl.constexpr, DX: tl.constexpr,
     ACT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, PEEPHOLE: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    HAS_DOUT: tl.constexpr, HAS_DH_N: tl.constexpr, HAS_GATES: tl.constexpr, HAS_NEXT: tl.constexpr,
-    REVERSE: tl.constexpr,
+    HAS_DOUT: tl.constexpr, HAS_DH: tl.constexpr, HAS_DC: tl.constexpr, HAS_GATES: tl.constexpr,
+    HAS_NEXT: tl.constexpr, REVERSE: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BKX: tl.constexpr, BKB: tl.constexpr,
     TW: tl.constexpr, HALO: tl.constexpr, STAGES: tl.constexpr, STAGES_BACK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the s-th step's gates before activation, da (H, W, 4 * C), gates i, f, g, o; and of c_{t-1}.
 
-    With * the convolution and ~ its adjoint, from da of the step after, dc in place, and the gates, kept or computed
-    again::
+    With * the convolution and ~ its adjoint, from da of the step after or what it gives for h, dc, and the gates, kept
+    or computed again::
 
         dh = dout_t + mask ∘ (W_hh ~ da_{t+1}),   da_o = dh ∘ tanh(c_t) ∘ o',
         dc += dh ∘ o ∘ (1 - tanh²(c_t)) + w_co ∘ da_o,
@@ -228,15 +228,17 @@ def backward_step(
                 )  # fmt: skip
             if HAS_MASK:
                 dh *= tl.load(mask_ptr + n * state_n + at, mask=exists, other=0.0)
-        elif HAS_DH_N:
-            dh += tl.load(dh_n_ptr + n * state_n + at, mask=exists, other=0.0)
+        elif HAS_DH:
+            dh += tl.load(dh_ptr + n * state_n + at, mask=exists, other=0.0)
         if HAS_DOUT:
             dh += tl.load(dout_ptr + n * dout_n + t * dout_t + at, mask=exists, other=0.0)
         c_before = tl.zeros((BM, BC), dtype=tl.float32)
         if HAS_STATE:
             c_before = tl.load(c_in_ptr + n * c_in_n + before * c_in_t + at, mask=exists, other=0.0)
             c_before = c_before.to(tl.float32)
-        dc = tl.load(dc_ptr + n * state_n + at, mask=exists, other=0.0)  # early: the gates take a while
+        dc = tl.zeros((BM, BC), dtype=tl.float32)
+        if HAS_DC:  # early: the gates take a while
+            dc += tl.load(dc_in_ptr + n * state_n + at, mask=exists, other=0.0)
         if HAS_GATES:
             kept = gates_ptr + n * gates_n + t * gates_t + pixel * (4 * C) + ch
             i = tl.load(kept, mask=exists, other=0.0).to(tl.float32)
