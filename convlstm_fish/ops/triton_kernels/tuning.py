@@ -87,7 +87,7 @@ def choose_image(channels: int, hidden: int, dtype: torch.dtype) -> Tile:
     rows = _rows(rounded_gates, 64)
     if rounded_gates % 64 == 0 and channels <= 16:
         return Tile(128, block, 16, rows_back=32, patch=32, stages_back=3, halo=1)
-    return Tile(128, block, 16, rows_back=rows, stages_back=3 if channels <= 32 else 4)
+    return Tile(128, block, 16, rows_back=rows, stages_back=3 if channels <= 32 or hidden <= 64 < channels else 4)
 
 
 @functools.cache
@@ -112,11 +112,11 @@ def choose(channels: int, hidden: int, dtype: torch.dtype, weight_rows: int = 0)
         forward = Tile(128, 32, rows, rows_x, rows_back, 0, 8, 4)
         backward = Tile(64, 32, rows, min(rows_x * 2, 32), min(rows_back * 2, 128), 0, 4, 3, 3)
     elif hidden <= 64:
-        forward = Tile(128, 64, min(rows, 32), min(rows_x, 32), rows_back, 0, 8, 4)
-        backward = Tile(64, 64, rows, rows_x, rows_back, 0, 4, 3, 4)
+        forward = Tile(128, 64, min(rows, 32), min(rows_x, 32), rows_back, 0, 8, 5)
+        backward = Tile(64, 64, rows, rows_x, rows_back, 0, 8, 3, 4)
     else:
         forward = Tile(128, 32, rows, rows_x, rows_back, 0, 4, 4)
-        backward = Tile(64, 64, rows, rows_x, rows_back, 0, 4, 3, 4)
+        backward = Tile(64, 64, rows, rows_x, rows_back, 0, 8, 3, 4)
     if hidden <= 16 and channels <= 16:
         weight = WeightTile(32, 64, 64, 16, 4, 3, True)
     elif hidden <= 32:
