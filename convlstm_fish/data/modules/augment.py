@@ -66,7 +66,13 @@ class Augmentation:
         numbers = np.array([flip & 1, flip >> 1, *shift, *factors], dtype=np.float32)
         return torch.from_numpy(numbers), noise_seed
 
-    def apply(self, video: Tensor, numbers: Tensor, noise_seeds: list[int], dtype: torch.dtype) -> Tensor:
+    def flipped(self, numbers: Tensor) -> Tensor:
+        """Whether each clip is turned upside down, and mirrored: (N, 2), from (N, 6) numbers."""
+        return numbers[:, :2] > 0  # the first two COLUMNS; a list of them would have to travel to the device
+
+    def apply(
+        self, video: Tensor, numbers: Tensor, noise_seeds: list[int], dtype: torch.dtype, flipped: bool = False
+    ) -> Tensor:
         """Apply to a batch.
 
         Args:
@@ -74,31 +80,34 @@ class Augmentation:
             numbers: (N, 6) on the same device, from :meth:`draw`.
             noise_seeds: N seeds.
             dtype: of the result.
+            flipped: the clips are flipped as the numbers say already.
 
         Returns:
             (N, T, C, H, W) in [0, 1].
         """
         column = {name: numbers[:, k].view(-1, 1, 1, 1, 1) for k, name in enumerate(COLUMNS)}
-        if self.flips != "none":
+        if self.flips != "none" and not flipped:
             words = by_words(video)  # rows keep their pixels in order
             words = torch.where(column["flip_rows"] > 0, words.flip(-2), words)
             mirrored = words.view(torch.uint8).flip(-1).view(words.dtype)
             video = torch.where(column["flip_columns"] > 0, mirrored, words).view(torch.uint8)
         if self.shift:
             video = _shift(_shift(video, column["shift_rows"], -2), column["shift_columns"], -1)
-        out = to_unit(video, dtype)
+        plain = not (self.brightness or self.contrast or self.noise)
+        wide = dtype if plain else torch.promote_types(dtype, torch.float32)  # rounded once, at the end
+        out = to_unit(video, wide)
         if self.brightness:
-            out = (out * column["brightness"].to(dtype)).clamp_(0, 1)
+            out = (out * column["brightness"].to(wide)).clamp_(0, 1)
         if self.contrast:
             mean = out.mean(dim=(1, 2, 3, 4), keepdim=True)
-            out = torch.lerp(mean, out, column["contrast"].to(dtype)).clamp_(0, 1)
+            out = torch.lerp(mean, out, column["contrast"].to(wide)).clamp_(0, 1)
         if self.noise:
             generator = torch.Generator(out.device)
             for clip, seed in zip(out, noise_seeds):
                 noise = torch.randn(clip.shape, generator=generator.manual_seed(seed), device=out.device)
-                clip.add_(noise.to(dtype), alpha=self.noise)
+                clip.add_(noise.to(wide), alpha=self.noise)
             out.clamp_(0, 1)
-        return out
+        return out.to(dtype)
 
 
 def _shift(video: Tensor, by: Tensor, dim: int) -> Tensor:

@@ -95,7 +95,8 @@ class FishClips(ResumableDataModule):
 
     Batches are dicts: ``video`` (N, T, C, H, W) in [0, 1], ``label`` (N,) 0 or 1, ``index`` (N,) the last frame of each
     clip as a frame number of the recording, and except in training ``valid`` (N,), False for padding. No clip is
-    stored: pixels are cut from the memory-mapped recording, travel as uint8 and become float on the device.
+    stored: pixels are cut from the memory-mapped recording, travel as uint8 and become float on the device, training
+    clips in mixed precision on a GPU its 16 bits.
     Clips never cross a split.
 
     Args:
@@ -341,21 +342,32 @@ class FishClips(ResumableDataModule):
             return False
         device = torch.device("cuda") if self.trainer is None else self.trainer.strategy.root_device
         # Once there, its memory is no longer free: do not ask again.
-        return self._resident is not None or ResidentFrames.fits(len(self.recording), self.image_size, device)
+        if self._resident is not None:
+            return True
+        return ResidentFrames.fits(len(self.recording), self.image_size, device, self.augmentation.flips != "none")
 
     def _frames_on(self, device: torch.device) -> ResidentFrames:
-        if self._resident is None or self._resident.frames.device != device:
+        if self._resident is None or self._resident.sides.device != device:
             kept = _kept_pixels(self.recording, self.image_size)
-            self._resident = ResidentFrames(self.recording, *kept, self.image_size, device)
+            mirrored = self.augmentation.flips != "none"
+            self._resident = ResidentFrames(self.recording, *kept, self.image_size, device, mirrored)
         return self._resident
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Make float of the pixels, and augment training clips, on the device where the batch is."""
-        if "video" not in batch:
+        numbers, gathered = batch.pop("augmentation", None), "video" not in batch
+        if gathered:
+            flips = None if numbers is None or self.augmentation.flips == "none" else self.augmentation.flipped(numbers)
             batch["video"] = self._frames_on(batch["index"].device).clips(
-                batch["index"], self.clip_frames, self.step_frames
+                batch["index"], self.clip_frames, self.step_frames, flips
             )
-        if "augmentation" in batch:
-            numbers, seeds = batch.pop("augmentation"), batch.pop("noise_seed")
-            batch["video"] = self.augmentation.apply(batch["video"], numbers, seeds, self._dtype())
+        if numbers is not None:
+            seeds = batch.pop("noise_seed")
+            batch["video"] = self.augmentation.apply(batch["video"], numbers, seeds, self._input_dtype(), gathered)
         return super().on_after_batch_transfer(batch, dataloader_idx)
+
+    def _input_dtype(self) -> torch.dtype:
+        """Of training clips: in mixed precision on a GPU what the network would make of them, half the bytes."""
+        precision = None if self.trainer is None else self.trainer.precision
+        mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16} if self._on_cuda() else {}
+        return mixed.get(str(precision), self._dtype())

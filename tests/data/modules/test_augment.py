@@ -118,6 +118,14 @@ def test_nothing_asked_nothing_done() -> None:
     assert augmentation.apply(clips(), *batch(augmentation), torch.float64).dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"brightness": 0.3, "contrast": 0.2, "noise": 0.1}])
+def test_16_bits_are_rounded_from_32_once(dtype: torch.dtype, options: dict[str, float]) -> None:
+    augmentation = Augmentation("all", **options)  # type: ignore[arg-type]
+    made = augmentation.apply(clips(), *batch(augmentation), dtype)
+    assert torch.equal(made, apply(augmentation, clips(), *batch(augmentation)).to(dtype))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

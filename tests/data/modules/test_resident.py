@@ -31,9 +31,19 @@ def batches(tank: Recording, pixels_on: str, split: str, width: int = 16, **opti
     return [data.on_after_batch_transfer(batch, 0) for batch in loader]
 
 
-@pytest.mark.parametrize(("split", "width"), [("train", 16), ("test", 16), ("predict", 16), ("train", 15)])
-def test_device_and_host_give_the_same_batches(tank: Recording, split: str, width: int) -> None:
-    host, device = batches(tank, "host", split, width), batches(tank, "device", split, width)
+@pytest.mark.parametrize(
+    ("split", "width", "flips"),
+    [
+        ("train", 16, "all"),
+        ("test", 16, "all"),
+        ("predict", 16, "all"),
+        ("train", 15, "all"),
+        ("train", 16, "random"),
+        ("train", 16, "none"),
+    ],
+)
+def test_device_and_host_give_the_same_batches(tank: Recording, split: str, width: int, flips: str) -> None:
+    host, device = (batches(tank, where, split, width, flips=flips) for where in ("host", "device"))
     assert len(host) == len(device) > 1
     for ours, theirs in zip(device, host):
         assert set(ours) == set(theirs)
