@@ -123,15 +123,17 @@ def run_backward(
         "ldw_back": 0 if w_back is None else w_back.shape[1], "CP_GATES": round_channels(4 * hidden),
         "PEEPHOLE": weights.peephole_kind, "HAS_BIAS": weights.bias is not None, "HAS_MASK": mask is not None,
         "HAS_LENGTHS": lengths is not None, "HAS_DOUT": dout is not None, "HAS_GATES": tiles.keep_gates,
-        "BM": tile.pixels, "BC": tile.channels, "BK": tile.rows, "BKX": tile.rows_x, "BKB": tile.rows_back,
-        "TW": tile.patch, "HALO": layer.halo, "STAGES": tile.stages, "STAGES_BACK": tile.stages_back,
+        "BM": tile.pixels, "BK": tile.rows, "BKX": tile.rows_x, "BKB": tile.rows_back, "TW": tile.patch,
+        "HALO": layer.halo, "STAGES": tile.stages, "STAGES_BACK": tile.stages_back,
     }  # fmt: skip
     factor = x if mask is None else mask  # a pointer that is only read with HAS_MASK
     dh, dc_in = dh_n, dc_n
     if lengths is not None:  # a clip's last step comes when others have begun, and finds its dc in place
         dc_in = dc.zero_() if dc_n is None else dc.copy_(dc_n)
     dh_before = torch.empty_like(dc, dtype=x.dtype) if need_state or (apart and steps > 1) else x.new_empty(0)
-    grid = (layer.tiles_per_image * triton.cdiv(hidden, tile.channels), clips)
+    # Without a product to make, a wide layer's programs are small, so that more of them run side by side.
+    constants["BC"] = min(tile.channels, 32) if apart else tile.channels
+    grid = (layer.tiles_per_image * triton.cdiv(hidden, constants["BC"]), clips)
     waiting = 0
     for s in reversed(range(steps)):
         h_in, c_in, before_t = h, cells, numbers

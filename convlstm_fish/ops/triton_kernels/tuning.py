@@ -113,10 +113,10 @@ def choose(channels: int, hidden: int, dtype: torch.dtype, weight_rows: int = 0)
         backward = Tile(64, 32, rows, min(rows_x * 2, 32), min(rows_back * 2, 128), 0, 4, 3, 3)
     elif hidden <= 64:
         forward = Tile(128, 64, min(rows, 32), min(rows_x, 32), rows_back, 0, 8, 5)
-        backward = Tile(64, 64, rows, rows_x, rows_back, 0, 8, 3, 4)
+        backward = Tile(64, 64, rows, rows_x, rows_back, 0, 4, 3, 4)
     else:
         forward = Tile(128, 32, rows, rows_x, rows_back, 0, 4, 4)
-        backward = Tile(64, 64, rows, rows_x, rows_back, 0, 8, 3, 4)
+        backward = Tile(64, 64, rows, rows_x, rows_back, 0, 4, 3, 4)
     if hidden <= 16 and channels <= 16:
         weight = WeightTile(32, 64, 64, 16, 4, 3, True)
     elif hidden <= 32:
