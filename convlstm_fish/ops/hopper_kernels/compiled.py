@@ -10,6 +10,7 @@ import struct
 import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,30 @@ def compile_source(text: str, architecture: str = "sm_90a") -> bytes:
     return code
 
 
+def _machine_code(name: str, text: str) -> bytes:
+    """Compiled once a machine: it is kept where Triton keeps its own."""
+    major, minor = _checked(nvrtc.nvrtcVersion())[1:]
+    cache = get_cache_manager(hashlib.sha256(f"{major}.{minor} {text}".encode()).hexdigest())
+    kept = cache.get_file(f"{name}.cubin")
+    if kept is None:
+        kept = cache.put(compile_source(text), f"{name}.cubin", binary=True)
+    return Path(kept).read_bytes()
+
+
+@functools.cache
+def _background() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(4, "nvrtc")
+
+
+@functools.lru_cache(maxsize=1024)
+def prepare(name: str, constants: Constants) -> Future[bytes]:
+    """Starts to compile a kernel in the background: several take as long as the slowest of them.
+
+    On a machine where they have not run before, which is to be looked at with a fresh CUDA_CACHE_PATH as well.
+    """
+    return _background().submit(_machine_code, name, source(name, constants))
+
+
 def _checked(result: tuple[Any, ...]) -> tuple[Any, ...]:
     if int(result[0]) != 0:
         raise RuntimeError(f"CUDA reports {result[0].name}")
@@ -119,14 +144,7 @@ class Kernel:
     """
 
     def __init__(self, name: str, signature: str, constants: Constants, threads: int, shared: int) -> None:
-        text = source(name, constants)
-        major, minor = _checked(nvrtc.nvrtcVersion())[1:]
-        # Compiled code is kept where Triton keeps its own.
-        cache = get_cache_manager(hashlib.sha256(f"{major}.{minor} {text}".encode()).hexdigest())
-        kept = cache.get_file(f"{name}.cubin")
-        if kept is None:
-            kept = cache.put(compile_source(text), f"{name}.cubin", binary=True)
-        code = Path(kept).read_bytes()
+        code = prepare(name, constants).result()
         torch.cuda.current_stream()  # makes the context that the module is loaded into
         _, self.module = _checked(driver.cuModuleLoadData(code))
         _, self.function = _checked(driver.cuModuleGetFunction(self.module, name.encode()))

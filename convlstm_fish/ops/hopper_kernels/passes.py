@@ -21,6 +21,8 @@ def run_forward(
     """
     clips, many = x.shape[:2]
     frame = (*steps.shape.size, steps.shape.hidden)
+    if keep_c:
+        steps.prepare_backward()
     x = aligned(x)
     h = x.new_empty(clips, many if keep_h else 2, *frame)
     cells = x.new_empty((clips, many, *frame) if keep_c else (0,))

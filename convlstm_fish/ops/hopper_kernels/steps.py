@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from convlstm_fish.ops.hopper_kernels.compiled import Kernel, kernel
+from convlstm_fish.ops.hopper_kernels.compiled import Kernel, kernel, prepare
 from convlstm_fish.ops.hopper_kernels.parameters import Parameters
 from convlstm_fish.ops.hopper_kernels.plan import Plan, Shape, plan_adjoint, plan_backward, plan_forward, plan_sums
 
@@ -39,16 +39,26 @@ class Steps:
         self._backwards = 1
         self._kernels: dict[tuple[str, bool], tuple[Plan, Kernel]] = {}
 
+    def _plan(self, name: str, variant: bool) -> Plan:
+        plans = {
+            "forward_step": lambda: plan_forward(self.shape),
+            "backward_step": lambda: plan_backward(self.shape, variant),
+            "adjoint_step": lambda: plan_adjoint(self.shape, variant),
+            "weight_gradients": lambda: plan_sums(self.shape),
+        }
+        return _known(plans[name]())
+
+    def prepare_backward(self) -> None:
+        """Starts to compile what a backward pass will most likely need: a first layer's, or one's inside a network."""
+        fused = self.shape.fused
+        for name, variant in (("backward_step", fused), ("weight_gradients", False), ("adjoint_step", True)):
+            if name != "adjoint_step" or not fused:
+                prepare(name, self._plan(name, variant).constants)
+
     def _kernel(self, name: str, variant: bool = False) -> tuple[Plan, Kernel]:
         key = (name, variant)
         if key not in self._kernels:
-            plans = {
-                "forward_step": lambda: plan_forward(self.shape),
-                "backward_step": lambda: plan_backward(self.shape, variant),
-                "adjoint_step": lambda: plan_adjoint(self.shape, variant),
-                "weight_gradients": lambda: plan_sums(self.shape),
-            }
-            plan = _known(plans[name]())
+            plan = self._plan(name, variant)
             made = kernel(self.device, name, _SIGNATURES[name], plan.constants, plan.threads, plan.shared)
             self._kernels[key] = plan, made
         return self._kernels[key]
