@@ -342,28 +342,27 @@ class FishClips(ResumableDataModule):
             return False
         device = torch.device("cuda") if self.trainer is None else self.trainer.strategy.root_device
         # Once there, its memory is no longer free: do not ask again.
-        if self._resident is not None:
-            return True
-        return ResidentFrames.fits(len(self.recording), self.image_size, device, self.augmentation.flips != "none")
+        return self._resident is not None or ResidentFrames.fits(len(self.recording), self.image_size, device)
 
     def _frames_on(self, device: torch.device) -> ResidentFrames:
-        if self._resident is None or self._resident.sides.device != device:
+        if self._resident is None or self._resident.device != device:
             kept = _kept_pixels(self.recording, self.image_size)
-            mirrored = self.augmentation.flips != "none"
-            self._resident = ResidentFrames(self.recording, *kept, self.image_size, device, mirrored)
+            flipped = self.augmentation.flips != "none"
+            flipped = flipped and ResidentFrames.fits(4 * len(self.recording), self.image_size, device)
+            self._resident = ResidentFrames(self.recording, *kept, self.image_size, device, flipped)
         return self._resident
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Make float of the pixels, and augment training clips, on the device where the batch is."""
-        numbers, gathered = batch.pop("augmentation", None), "video" not in batch
-        if gathered:
-            flips = None if numbers is None or self.augmentation.flips == "none" else self.augmentation.flipped(numbers)
-            batch["video"] = self._frames_on(batch["index"].device).clips(
-                batch["index"], self.clip_frames, self.step_frames, flips
-            )
+        numbers, flipped = batch.pop("augmentation", None), False
+        if "video" not in batch:
+            resident = self._frames_on(batch["index"].device)
+            flipped = resident.flipped and numbers is not None
+            flips = self.augmentation.flipped(numbers) if flipped else None
+            batch["video"] = resident.clips(batch["index"], self.clip_frames, self.step_frames, flips)
         if numbers is not None:
             seeds = batch.pop("noise_seed")
-            batch["video"] = self.augmentation.apply(batch["video"], numbers, seeds, self._input_dtype(), gathered)
+            batch["video"] = self.augmentation.apply(batch["video"], numbers, seeds, self._input_dtype(), flipped)
         return super().on_after_batch_transfer(batch, dataloader_idx)
 
     def _input_dtype(self) -> torch.dtype:

@@ -24,7 +24,7 @@ class ResidentFrames:
         rows, columns: which pixels are kept, see :meth:`convlstm_fish.data.recording.Recording.cut`.
         size: height and width of what is kept.
         device: where the frames are to lie.
-        mirrored: keep the frames' mirror images as well, for clips that are flipped as they are gathered.
+        flipped: keep the frames flipped in all ways as well, so that flipped clips are gathered like others.
     """
 
     def __init__(
@@ -34,36 +34,37 @@ class ResidentFrames:
         columns: slice | np.ndarray,
         size: tuple[int, int],
         device: torch.device,
-        mirrored: bool = False,
+        flipped: bool = False,
     ) -> None:
-        self.sides = torch.empty(1 + mirrored, len(recording), *size, dtype=torch.uint8, device=device)
-        for start in range(0, len(recording), CHUNK):
-            part = slice(start, min(start + CHUNK, len(recording)))
-            self.sides[0, part] = torch.from_numpy(recording.cut(part, rows, columns)).to(device)
-            if mirrored:
-                self.sides[1, part] = self.sides[0, part].flip(-1)
+        self.device, self.count = device, len(recording)
+        sides = ((), (-2,), (-1,), (-2, -1)) if flipped else ((),)
+        self.frames = torch.empty(len(sides) * self.count, *size, dtype=torch.uint8, device=device)
+        for start in range(0, self.count, CHUNK):
+            stop = min(start + CHUNK, self.count)
+            part = torch.from_numpy(recording.cut(slice(start, stop), rows, columns)).to(device)
+            for side, dims in enumerate(sides):
+                self.frames[side * self.count :][start:stop] = part.flip(dims)
 
     @staticmethod
-    def fits(frames: int, size: tuple[int, int], device: torch.device, mirrored: bool = False) -> bool:
+    def fits(frames: int, size: tuple[int, int], device: torch.device) -> bool:
         """Whether so many frames leave a GPU enough memory to train; never on a CPU, which has them mapped anyway."""
         if device.type != "cuda":
             return False
         free, _ = torch.cuda.mem_get_info(device)
-        return (1 + mirrored) * frames * size[0] * size[1] <= SHARE * free
+        return frames * size[0] * size[1] <= SHARE * free
+
+    @property
+    def flipped(self) -> bool:
+        """Whether clips can be gathered flipped."""
+        return len(self.frames) > self.count
 
     def clips(self, ends: Tensor, clip_frames: int, step_frames: int, flips: Tensor | None = None) -> Tensor:
         """The clips whose last frames are ``ends`` (N,), on the same device: uint8 (N, T, C, H, W).
 
-        With ``flips`` (N, 2), whether each is turned upside down, and mirrored: in the one pass that gathers them.
+        With ``flips`` (N, 2), whether each is turned upside down, and mirrored; only where frames are ``flipped``.
         """
-        frames = ends[:, None] + torch.arange(1 - clip_frames, 1, device=ends.device)
-        if flips is None:
-            pixels = by_words(self.sides[0])[frames]
-        else:
-            count, height = self.sides.shape[1:3]
-            upside_down, mirrored = flips.view(-1, 1, 2).unbind(-1)
-            row = torch.arange(height, device=ends.device)
-            row = torch.where(upside_down, row.flip(0), row)
-            at = (frames + mirrored * count)[:, :, None] * height + row[:, None]
-            pixels = by_words(self.sides).flatten(0, 2)[at]
-        return pixels.view(torch.uint8).unflatten(1, (-1, step_frames))
+        window = torch.arange(1 - clip_frames, 1, device=ends.device)
+        if flips is not None:
+            ends = ends + self.count * (flips[:, 0] + 2 * flips[:, 1])
+        pixels = by_words(self.frames)[ends[:, None] + window].view(torch.uint8)
+        return pixels.unflatten(1, (-1, step_frames))

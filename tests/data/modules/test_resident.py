@@ -34,7 +34,7 @@ def batches(tank: Recording, pixels_on: str, split: str, width: int = 16, **opti
 @pytest.mark.parametrize(
     ("split", "width", "flips"),
     [
-        ("train", 16, "all"),
+        ("train", 16, "all"),  # gathered first, flipped then
         ("test", 16, "all"),
         ("predict", 16, "all"),
         ("train", 15, "all"),
@@ -48,6 +48,14 @@ def test_device_and_host_give_the_same_batches(tank: Recording, split: str, widt
     for ours, theirs in zip(device, host):
         assert set(ours) == set(theirs)
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("flips", ["all", "random"])
+def test_flipped_frames_give_the_same_batches(tank: Recording, flips: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = batches(tank, "host", "train", flips=flips)
+    monkeypatch.setattr(ResidentFrames, "fits", lambda *args: True)
+    device = batches(tank, "device", "train", flips=flips)
+    assert all(torch.equal(ours["video"], theirs["video"]) for ours, theirs in zip(device, host))
 
 
 def test_single_channel(tank: Recording) -> None:
