@@ -182,6 +182,54 @@ def test_unrolled_passes_stand_alone(precision: Callable[[bool], None]) -> None:
     assert not quiet.requires_grad
 
 
+def two_layers(device: str, dtype: torch.dtype, backend: str) -> list[Tensor]:
+    """The last output of two layers that read each other's states, and the gradients of x and all weights."""
+    random = torch.Generator().manual_seed(2)
+    shapes = [(1, 4, 5, 4), *[(64, 16, 3, 3)] * 4]
+    tensors = [torch.randn(shape, generator=random, dtype=torch.float64) / 8 for shape in shapes]
+    first, *weights = (t.to(dtype).double().to(device, dtype).requires_grad_() for t in tensors)
+    x = first.repeat(1, 4, 1, 1)
+    layers = [unroll(*weights[:2], backend=backend), unroll(*weights[2:], backend=backend)]
+    states: list[Any] = [None, None]
+    for _ in range(6):
+        for k, step in enumerate(layers):
+            states[k] = step(x, states[k])
+            x = states[k][0]
+    return [x, *torch.autograd.grad(x.double().square().sum(), [first, *weights])]
+
+
+def check_two_layers(device: str, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    from convlstm_fish.ops.triton_kernels.unrolled import DeferredGradients
+
+    added, add = [], DeferredGradients._add
+
+    def count(self: Any, h: Tensor, x: Tensor, da: Tensor) -> None:
+        added.append(h.shape[1])
+        add(self, h, x, da)
+
+    monkeypatch.setattr(DeferredGradients, "_add", count)
+    truth = two_layers(device, torch.float64, "reference")
+    found = two_layers(device, dtype, "triton")
+    assert sorted(added) == [1, 1, 4, 4]  # the first of five steps reads what others wrote, the rest are one sequence
+    assert all(relative_error(ours, theirs) < tolerance for ours, theirs in zip(found, truth))
+
+
+@interpreted
+def test_unrolled_states_are_read_as_sequences(
+    poisoned: None, precision: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    precision(False)
+    check_two_layers("cpu", torch.float32, TOLERANCE["float32"], monkeypatch)
+
+
+@pytest.mark.gpu
+def test_unrolled_states_are_read_as_sequences_on_a_gpu(
+    poisoned: None, precision: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    precision(False)
+    check_two_layers("cuda", torch.float32, TOLERANCE["float32"], monkeypatch)
+
+
 @pytest.mark.gpu
 def test_same_bits_twice() -> None:
     tensors = make(LARGE["serenity-1"])

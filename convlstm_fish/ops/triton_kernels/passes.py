@@ -17,9 +17,11 @@ from convlstm_fish.ops.triton_kernels.weights import CHUNK_BYTES, Gradients, Wei
 
 def run_forward(
     layer: Layer, weights: Weights, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, mask: Tensor | None,
-    lengths: Tensor | None, keep_h: bool, keep_c: bool,
+    lengths: Tensor | None, keep_h: bool, keep_c: bool, h: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Runs the steps. Channels last throughout: x (N, T, H, W, C), states (N, H', W', C_h), mask the same.
+
+    ``h``, (N, T, H', W', C_h) with ``keep_h``, is memory for the first result.
 
     Returns:
         h of every step (N, T, H', W', C_h), or without ``keep_h`` (N, 2, H', W', C_h), where step s lies at s % 2; c_n;
@@ -34,7 +36,8 @@ def run_forward(
     frame = (*layer.size, layer.hidden)
     numbers = layer.size[0] * layer.size[1] * layer.hidden
     # Without a sequence two frames take turns, and a step's frame is found by the parity of the step.
-    h = x.new_empty(clips, steps if keep_h else 2, *frame)
+    if h is None:
+        h = x.new_empty(clips, steps if keep_h else 2, *frame)
     cells = x.new_empty((clips, steps, *frame) if keep_c else (0,))
     keep_gates = keep_c and layer.tiles.keep_gates
     kept = (clips, steps, *layer.size, 4 * layer.hidden) if keep_gates else (0,)

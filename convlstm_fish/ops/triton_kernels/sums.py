@@ -46,6 +46,8 @@ class WeightSums:
 
         ``h`` holds the state of the step before, ``h_t`` numbers apart; without ``with_h`` step 0 has none.
         """
+        if self.weight_ih is None and not with_h and first + steps == 1:
+            return  # of the first step, before which there was nothing
         layer, tile = self.layer, self.tile
         items = self.tiles_per_image * layer.clips * steps
         args = (
@@ -67,7 +69,7 @@ class WeightSums:
 
     def results(self) -> list[Tensor]:
         """The gradients of W_hh and W_ih, or of the one of them, in their own layout and dtype."""
-        rows = self.sums.sum(0)
+        rows = torch.zeros_like(self.sums[0]) if self.fresh else self.sums.sum(0)
         cut = self.blocks_h * self.tile.rows
         parts = ((self.weight_hh, rows[:cut]), (self.weight_ih, rows[cut:]))
         return [self._unpack(weight, part) for weight, part in parts if weight is not None]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,6 +14,28 @@ from torch.autograd.function import once_differentiable
 from convlstm_fish.ops.triton_kernels.layer import Layer
 from convlstm_fish.ops.triton_kernels.passes import run_backward, run_forward
 from convlstm_fish.ops.triton_kernels.weights import CHUNK_BYTES, Gradients, Weights
+
+# Hidden states of so many bytes, or so many steps, are laid out one behind the other, to be read as one sequence.
+_ROOM_BYTES = 128 << 20
+_ROOM_STEPS = 16
+
+
+def _gap(frames: tuple[Tensor, ...], after: tuple[Tensor, ...]) -> tuple[int, ...] | None:
+    """How many numbers each of some frames lies before another in the same memory; None where that is not so."""
+    if any(a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr() for a, b in zip(frames, after)):
+        return None
+    gaps = tuple(int(b.storage_offset()) - int(a.storage_offset()) for a, b in zip(frames, after))
+    return gaps if min(gaps) > 0 else None
+
+
+def _runs(frames: Sequence[tuple[Tensor, ...]]) -> Iterator[slice]:
+    """The frames in parts, within each of which they are equally far apart."""
+    gaps = [_gap(*pair) for pair in pairwise(frames)]
+    start = 0
+    for stop in range(1, len(frames) + 1):
+        if stop == len(frames) or gaps[stop - 1] is None or gaps[stop - 1] != gaps[start]:
+            yield slice(start, stop)
+            start = stop
 
 
 class DeferredGradients(Gradients):
@@ -29,7 +54,9 @@ class DeferredGradients(Gradients):
             self.slots = super().room(layer, x, max(1, min(self.steps, CHUNK_BYTES // one)))
         if len(self.waiting) == self.slots.shape[1]:
             self._take_up()
-        return self.slots[:, len(self.waiting) :][:, :1]
+        # Filled from its end, for the last step comes first.
+        at = self.slots.shape[1] - len(self.waiting)
+        return self.slots[:, at - 1 : at]
 
     def add(
         self, h: Tensor, h_t: int, with_h: bool, x: Tensor, mask: Tensor | None, da: Tensor, first: int, steps: int,
@@ -40,18 +67,38 @@ class DeferredGradients(Gradients):
             self.waiting.append((h, x[:, 0]))
 
     def _take_up(self) -> None:
-        h, x = zip(*self.waiting)
+        frames = self.waiting[::-1]
         self.waiting.clear()
+        if not frames:
+            return
         assert self.slots is not None
-        # The kernel looks for the h before step s one step before it: the second one is where step 1 would look for
-        # step 0's. A single step has no second, so that there is one more, which nothing reads.
-        before = torch.stack([*h, h[-1]], 1)[:, 1:]
-        super().add(before, before.stride(1), True, torch.stack(x, 1), None, self.slots, 0, len(h), None)
+        da = self.slots[:, -len(frames) :]
+        if self.weights.steps is not None:  # those kernels read frames that begin where 16 bytes can be read at once
+            h, x = (torch.stack(each, 1) for each in zip(*frames))
+            self._add(h, x, da)
+            return
+        for run in _runs(frames):
+            h, x = (_sequence(each) for each in zip(*frames[run]))
+            self._add(h, x, da[:, run])
+
+    def _add(self, h: Tensor, x: Tensor, da: Tensor) -> None:
+        steps = h.shape[1]
+        # The kernel looks for the h before step s one step before it: the second one is where step 1 looks for it.
+        base = h[:, min(1, steps - 1)]
+        super().add(base, h.stride(1) if steps > 1 else 0, True, x, None, da, 0, steps, None)
 
     def results(self) -> list[Tensor]:
         """See the base class."""
         self._take_up()
         return super().results()
+
+
+def _sequence(frames: Sequence[Tensor]) -> Tensor:
+    """Frames (N, ...) that lie equally far apart in one memory as a view (N, T, ...) of it."""
+    first = frames[0]
+    gap = frames[1].storage_offset() - first.storage_offset() if len(frames) > 1 else first.numel()
+    strides = (first.stride(0), gap, *first.stride()[1:])
+    return first.as_strided((first.shape[0], len(frames), *first.shape[1:]), strides)
 
 
 class _Pass:
@@ -60,8 +107,17 @@ class _Pass:
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
         self.steps = 0
+        self.free: list[Tensor] = []  # frames of memory that no step has written yet
         self.task: int | None = None
         self.gradients: DeferredGradients | None = None
+
+    def new_h(self, layer: Layer, x: Tensor) -> Tensor:
+        """Memory (N, 1, H', W', C_h) for the state of a step, behind that of the step before where there is room."""
+        if not self.free:
+            frame = (layer.clips, 1, *layer.size, layer.hidden)
+            count = max(1, _ROOM_BYTES // (math.prod(frame) * x.element_size()))
+            self.free = list(x.new_empty(min(count, _ROOM_STEPS), *frame))[::-1]
+        return self.free.pop()
 
     def under_way(self, layer: Layer, wanted: bool) -> DeferredGradients:
         """The sums of this backward pass. One that never asked for the weights' gradients left its own behind."""
@@ -108,7 +164,8 @@ class _Step(torch.autograd.Function):
         """h_1 and c_1."""
         shared.steps += tracked
         keep = tracked and layer.tiles.keep_gates
-        h, c, _, gates = run_forward(layer, shared.weights, x, h_0, c_0, None, None, True, keep)
+        new = shared.new_h(layer, x) if tracked and shared.weights.steps is None else None
+        h, c, _, gates = run_forward(layer, shared.weights, x, h_0, c_0, None, None, True, keep, new)
         ctx.set_materialize_grads(False)
         ctx.shared, ctx.layer = shared, layer
         ctx.save_for_backward(x, h_0, c_0, gates)
