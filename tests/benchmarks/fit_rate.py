@@ -3,14 +3,19 @@
 The published epoch, 179,456 clips, on a recording of 25 simulated minutes; and two GPUs against one:
 
     python tests/benchmarks/fit_rate.py --config fish_serenity --batch 64
-    python tests/benchmarks/fit_rate.py --config moving_mnist --batch 16 --gpus 1 2 --steps 600
+    python tests/benchmarks/fit_rate.py --config moving_mnist --batch 16 --gpus 1 2 --steps 600 \
+        --fit=--data.train_size=19200 --fit=--trainer.callbacks=null
+
+A rate is of the steps after the first few, up to the end of the epoch, which takes a moment: compare equal steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,7 +41,14 @@ def run(args: argparse.Namespace, gpus: int) -> dict[str, float]:
         paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"EPOCH_CLOCK": str(told), "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
         before = time.perf_counter()
-        subprocess.run(command, check=True, env=environment, cwd=ROOT)
+        # Whoever stops this stops the run and its processes with it.
+        process = subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True)
+        try:
+            if process.wait():
+                raise SystemExit(process.returncode)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         row: dict[str, float] = json.loads(told.read_text())
         row["command_seconds"] = time.perf_counter() - before
     return row
@@ -51,6 +63,7 @@ def main() -> None:
     options.add_argument("--fit", action="append", default=[], metavar="OPTION", help="as --fit=--data.path=data/tank")
     options.add_argument("--output", type=Path)
     args = options.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     rows = {f"{gpus} GPU" if gpus else "CPU": run(args, gpus) for gpus in args.gpus}
     more: dict[str, Any] = {}
     if len(rows) > 1:
