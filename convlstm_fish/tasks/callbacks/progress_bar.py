@@ -27,10 +27,11 @@ class LateProgressBar(RichProgressBar):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Take the loss up, and show the one before."""
-        if self._coming is not None:
-            self._loss = float(self._coming.read())
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        self._coming = Late(loss.detach()) if isinstance(loss, Tensor) else None
+        if self.is_enabled:  # in one of several processes
+            if self._coming is not None:
+                self._loss = float(self._coming.read())
+            loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+            self._coming = Late(loss.detach()) if isinstance(loss, Tensor) else None
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def get_metrics(
