@@ -34,6 +34,7 @@ SMALL = {
         "stride": 2, "dilation": (1, 2), "recurrent_activation": "hard_sigmoid_v3", "reverse": True}),
     "kept-gates": Case(1, 2, 3, 5, 4, 64, peephole="channel"),
     "kept-gates-mask": Case(1, 3, 2, 3, 4, 64, mask=True, options={"reverse": True}),
+    "kept-gates-reverse": Case(1, 3, 2, 3, 4, 64, hx=False, options={"reverse": True}),
     "kept-gates-valid": Case(1, 3, 2, 5, 4, 64, hx=False, bias=False, options={"padding": "valid"}),
     "kept-gates-lengths": Case(2, 2, 2, 3, 4, 64, lengths=(1, 2)),
     "short-lengths": Case(steps=2, height=3, width=4, lengths=(2, 1), sequences=False),
