@@ -57,6 +57,7 @@ def test_works_under_torch_func() -> None:
     assert torch.allclose(hessian, hessian.T, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch.func.jvp itself
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"norm": "group", "norm_groups": 3}], ids=str)
 def test_forward_mode_and_ensembles(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
