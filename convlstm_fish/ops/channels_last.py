@@ -1,8 +1,8 @@
 """The ConvLSTM on a CPU, channels last: one convolution of x and h side by side a step, and a gradient by hand.
 
 oneDNN convolves channels-last images several times as fast as others where channels are few, and a step's numbers stay
-in the cache between its operations. The gates are kept for the backward pass, whose equations are those of
-``reference_backward.py``.
+in the cache between its operations. Each gate is an image of its own, for torch works on a few channels of many several
+times as slowly. The gates are kept for the backward pass, whose equations are those of ``reference_backward.py``.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from convlstm_fish.ops.checks import check_arguments
 from convlstm_fish.ops.equations import Norm, Peephole, State, first_state, recurrent_pads
 from convlstm_fish.ops.geometry import Geometry, Padding, compute_dtype, per_dim
 from convlstm_fish.ops.reference import conv_lstm_reference
-from convlstm_fish.ops.reference_backward import DERIVATIVES
 from convlstm_fish.ops.workspace import WORKSPACE
 
 _FEWEST_GATES = 1 << 17  # of a step, measured on two cores
 
-# The sigmoid takes all four gates in one pass, see _with_g_times.
 _ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid_,
     "hard_sigmoid": lambda z: z.mul_(0.2).add_(0.5).clamp_(0.0, 1.0),
     "hard_sigmoid_v3": lambda z: z.add_(3.0).clamp_(0.0, 6.0).div_(6.0),
 }
+
+_STEEPNESS = {"hard_sigmoid": 0.2, "hard_sigmoid_v3": 1 / 6}
 
 
 def covers(
@@ -84,7 +85,7 @@ class _Kept(NamedTuple):
     """What the backward pass needs: (T, N, ...) channels last."""
 
     patches: Tensor  # x and h of the step before, padded, side by side
-    gates: Tensor  # (T, N, H', W', 4, C_h): i, f, sigmoid(2z) in place of g, o
+    gates: Tensor  # (T, 4, N, H', W', C_h): i, f, sigmoid(2z) in place of g, o
     cells: Tensor  # c of the step
     squashed: Tensor  # tanh of it
     weight: Tensor
@@ -112,6 +113,11 @@ def _rows(image: Tensor) -> Tensor:
     return image.permute(0, 2, 3, 1)
 
 
+def _by_gate(rows: Tensor) -> Tensor:
+    """(N, H, W, 4 * C) as (4, N, H, W, C)."""
+    return rows.unflatten(3, (4, -1)).permute(3, 0, 1, 2, 4)
+
+
 def _inside(size: Sequence[int], pads: Sequence[tuple[int, int]]) -> tuple[slice, ...]:
     """Where an unpadded image lies in a padded one (N, H, W, C)."""
     return (slice(None), *(slice(before, before + n) for n, (before, _) in zip(size, pads)))
@@ -130,10 +136,14 @@ def _forward(
     h_place = _inside(out, recurrent_pads(weight_hh))
     weight = torch.cat([weight_ih, weight_hh], dim=1).contiguous(memory_format=torch.channels_last)
     weight_twice, bias_twice = _with_g_times(weight, 2), None if bias is None else _with_g_times(bias, 2)
+    # A gate of 16 channels or a multiple is convolved as fast alone, and need not be taken apart from the others.
+    parts = 4 if hidden % 16 == 0 else 1
+    weights = [w.contiguous(memory_format=torch.channels_last) for w in weight_twice.chunk(parts)]
+    biases = [None] * parts if bias_twice is None else bias_twice.chunk(parts)
     minus_one = torch.tensor(-1.0, dtype=wide)
     kept_steps = steps if keep else 1
     patches = WORKSPACE.empty(kept_steps, clips, *padded, channels + hidden, dtype=dtype, zero=True)
-    gates = WORKSPACE.empty(kept_steps, clips, *out, 4, hidden, dtype=wide)
+    gates = WORKSPACE.empty(kept_steps, 4, clips, *out, hidden, dtype=wide)
     cells = WORKSPACE.empty(kept_steps, clips, *out, hidden, dtype=wide)
     squashed = WORKSPACE.empty(kept_steps, clips, *out, hidden, dtype=wide)
     output = WORKSPACE.empty(clips, steps, *out, hidden, dtype=dtype) if recipe.return_sequences else None
@@ -146,17 +156,15 @@ def _forward(
         patch = patches[slot]
         patch[x_place][..., :channels].copy_(_rows(x[:, t]))
         patch[h_place][..., channels:].copy_(h if mask is None else h * mask)
-        z = _rows(F.conv2d(_image(patch), weight_twice, bias_twice))
-        every = z.unflatten(3, (4, hidden))
-        if keep or dtype != wide:
-            every = gates[slot].copy_(every)
-        i, f, s, o = every.unbind(3)
-        if recipe.activation == "sigmoid":
-            every.sigmoid_()
-        else:
-            for gate in (every[..., :2, :], o):
-                _ACTIVATE[recipe.activation](gate)
-            s.sigmoid_()
+        every = [_rows(F.conv2d(_image(patch), w, b)) for w, b in zip(weights, biases)]
+        if parts == 1:
+            every = list(gates[slot].copy_(_by_gate(every[0])))
+        elif keep or dtype != wide:
+            every = [gate.copy_(z) for gate, z in zip(gates[slot], every)]
+        i, f, s, o = every
+        for gate in every:
+            activate = torch.sigmoid_ if gate is s else _ACTIVATE[recipe.activation]
+            activate(gate)
         c = torch.mul(f, c, out=cells[slot]) if keep else c.mul_(f)
         c.addcmul_(i, s, value=2.0).sub_(i)
         a = torch.add(c, c, out=squashed[slot]).sigmoid_()
@@ -228,9 +236,9 @@ def _gradients(
     dx = WORKSPACE.empty(*x.shape[:2], *size, channels, dtype=dtype) if needed[0] else None
     d_weight = torch.zeros(kept.weight.shape, dtype=wide)
     d_bias = None if bias is None else torch.zeros(bias.shape, dtype=wide)
-    dz = WORKSPACE.empty(*state[:3], 4 * hidden, dtype=dtype)  # of g a quarter
-    d_gates = (dz if dtype == wide else WORKSPACE.empty(*dz.shape, dtype=wide)).unflatten(3, (4, hidden))
-    d_i, d_f, d_g, d_o = d_gates.unbind(3)
+    dz = WORKSPACE.empty(*state[:3], 4 * hidden, dtype=dtype)
+    d_gates = WORKSPACE.empty(4, *state, dtype=wide)  # of g a quarter
+    d_i, d_f, d_g, d_o = d_gates
     minus_one = torch.tensor(-1.0, dtype=wide)
     # Where x needs no gradient only h's part of the input is computed; its values do not matter, its shape does.
     weight, h_channels = kept.weight, slice(channels, None)
@@ -242,7 +250,7 @@ def _gradients(
     steps = recipe.order(x.shape[1])
     for k in range(len(steps) - 1, -1, -1):
         t = steps[k]
-        i, f, s, o = kept.gates[t].unbind(3)
+        i, f, s, o = kept.gates[t]
         a = kept.squashed[t]
         c_before = kept.cells[steps[k - 1]] if k else cells_0
         if d_output is not None:
@@ -254,8 +262,7 @@ def _gradients(
         torch.mul(dc, i, out=d_g)
         dc.mul_(f)
         _slope(d_gates, kept.gates[t], recipe.activation)
-        if dtype != wide:
-            dz.copy_(d_gates.flatten(3))
+        _by_gate(dz).copy_(d_gates)
         if d_bias is not None:
             d_bias += dz.sum(dim=(0, 1, 2), dtype=wide)
         d_weight += _convolution_gradient(dz, kept.patches[t], kept.weight, [False, True, False])[1]
@@ -280,16 +287,15 @@ def _gradients(
 
 
 def _slope(gradient: Tensor, gates: Tensor, activation: str) -> None:
-    """The gradients (N, H', W', 4, C_h) before the activations that gave ``gates``, in place; of g a quarter."""
+    """The gradients (4, N, H', W', C_h) before the activations that gave ``gates``, in place; of g a quarter."""
     sigmoid = torch.ops.aten.sigmoid_backward.grad_input
     if activation == "sigmoid":
         sigmoid(gradient, gates, grad_input=gradient)
         return
-    for k, (given, value) in enumerate(zip(gradient.unbind(3), gates.unbind(3))):
-        if k == 2:
-            sigmoid(given, value, grad_input=given)
-        else:
-            given.mul_(DERIVATIVES[activation](value))
+    sigmoid(gradient[2], gates[2], grad_input=gradient[2])
+    for part in (slice(0, 2), slice(3, 4)):  # a hard sigmoid is steep where it is neither 0 nor 1
+        given = gradient[part].mul_(_STEEPNESS[activation])
+        torch.ops.aten.hardtanh_backward.grad_input(given, gates[part], 0.0, 1.0, grad_input=given)
 
 
 def _tanh_slope(gradient: Tensor, value: Tensor) -> Tensor:
