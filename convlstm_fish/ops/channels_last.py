@@ -22,10 +22,11 @@ from convlstm_fish.ops.workspace import WORKSPACE
 
 _FEWEST_GATES = 1 << 17  # of a step, measured on two cores
 
-_ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
-    "sigmoid": torch.sigmoid_,
-    "hard_sigmoid": lambda z: z.mul_(0.2).add_(0.5).clamp_(0.0, 1.0),
-    "hard_sigmoid_v3": lambda z: z.add_(3.0).clamp_(0.0, 6.0).div_(6.0),
+# From z, which is used up, into another tensor or z itself.
+_ACTIVATE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sigmoid": lambda z, out: torch.sigmoid(z, out=out),
+    "hard_sigmoid": lambda z, out: torch.clamp(z.mul_(0.2).add_(0.5), 0.0, 1.0, out=out),
+    "hard_sigmoid_v3": lambda z, out: torch.div(z.add_(3.0).clamp_(0.0, 6.0), 6.0, out=out),
 }
 
 _STEEPNESS = {"hard_sigmoid": 0.2, "hard_sigmoid_v3": 1 / 6}
@@ -156,15 +157,16 @@ def _forward(
         patch = patches[slot]
         patch[x_place][..., :channels].copy_(_rows(x[:, t]))
         patch[h_place][..., channels:].copy_(h if mask is None else h * mask)
-        every = [_rows(F.conv2d(_image(patch), w, b)) for w, b in zip(weights, biases)]
+        z = [_rows(F.conv2d(_image(patch), w, b)) for w, b in zip(weights, biases)]
         if parts == 1:
-            every = list(gates[slot].copy_(_by_gate(every[0])))
-        elif keep or dtype != wide:
-            every = [gate.copy_(z) for gate, z in zip(gates[slot], every)]
-        i, f, s, o = every
-        for gate in every:
-            activate = torch.sigmoid_ if gate is s else _ACTIVATE[recipe.activation]
-            activate(gate)
+            z = list(gates[slot].copy_(_by_gate(z[0])))
+        elif dtype != wide:
+            z = [gate.copy_(each) for gate, each in zip(gates[slot], z)]
+        activate = _ACTIVATE[recipe.activation]
+        i, f, s, o = (
+            function(each, gate if keep else each)
+            for function, each, gate in zip((activate, activate, _ACTIVATE["sigmoid"], activate), z, gates[slot])
+        )
         c = torch.mul(f, c, out=cells[slot]) if keep else c.mul_(f)
         c.addcmul_(i, s, value=2.0).sub_(i)
         a = torch.add(c, c, out=squashed[slot]).sigmoid_()
@@ -261,8 +263,7 @@ def _gradients(
         torch.mul(dc, c_before, out=d_f)
         torch.mul(dc, i, out=d_g)
         dc.mul_(f)
-        _slope(d_gates, kept.gates[t], recipe.activation)
-        _by_gate(dz).copy_(d_gates)
+        _slope(d_gates, kept.gates[t], recipe.activation, _by_gate(dz))
         if d_bias is not None:
             d_bias += dz.sum(dim=(0, 1, 2), dtype=wide)
         d_weight += _convolution_gradient(dz, kept.patches[t], kept.weight, [False, True, False])[1]
@@ -286,16 +287,16 @@ def _gradients(
     ]
 
 
-def _slope(gradient: Tensor, gates: Tensor, activation: str) -> None:
-    """The gradients (4, N, H', W', C_h) before the activations that gave ``gates``, in place; of g a quarter."""
+def _slope(gradient: Tensor, gates: Tensor, activation: str, out: Tensor) -> None:
+    """The gradients (4, N, H', W', C_h) before the activations that gave ``gates``; of g a quarter."""
     sigmoid = torch.ops.aten.sigmoid_backward.grad_input
     if activation == "sigmoid":
-        sigmoid(gradient, gates, grad_input=gradient)
+        sigmoid(gradient, gates, grad_input=out)
         return
-    sigmoid(gradient[2], gates[2], grad_input=gradient[2])
+    sigmoid(gradient[2], gates[2], grad_input=out[2])
     for part in (slice(0, 2), slice(3, 4)):  # a hard sigmoid is steep where it is neither 0 nor 1
         given = gradient[part].mul_(_STEEPNESS[activation])
-        torch.ops.aten.hardtanh_backward.grad_input(given, gates[part], 0.0, 1.0, grad_input=given)
+        torch.ops.aten.hardtanh_backward.grad_input(given, gates[part], 0.0, 1.0, grad_input=out[part])
 
 
 def _tanh_slope(gradient: Tensor, value: Tensor) -> Tensor:
