@@ -90,6 +90,11 @@ def check_arguments(
         _expect("c_0", hx[1], state, "(N, hidden_channels, *out)")
     if recurrent_mask is not None:
         _expect("recurrent_mask", recurrent_mask, state, "(N, hidden_channels, *out)")
+    names = ("weight_ih", "weight_hh", "bias", "recurrent_mask", "h_0", "c_0", "weight_ci", "weight_cf", "weight_co")
+    values = (weight_ih, weight_hh, bias, recurrent_mask, *(hx or (None, None)), *(peephole or ()))
+    for name, value in zip(names, values):
+        if value is not None and value.device != input.device:
+            raise ValueError(f"{name} is on {value.device} and input on {input.device}: move one of them")
     if lengths is not None:
         check_lengths(lengths, clips, steps)
     for name, every in (("checkpoint_every", checkpoint_every), ("detach_every", detach_every)):

@@ -186,7 +186,7 @@ template <class... A, size_t... I>
 void run(void (*kernel)(A...), int grid_x, int grid_y, int threads, void** args, std::index_sequence<I...>) {
     for (int y = 0; y < grid_y; y++)
         for (int x = 0; x < grid_x; x++) {
-            std::memset(shared_memory, 0x7f, SHARED_BYTES);  // not a number one can add
+            std::memset(shared_memory, 0xff, SHARED_BYTES);  // not a number, in either 16-bit format
             for (Barrier& barrier : waiting) barrier.made.reset();
             warps.clear();
             for (int w = 0; w < threads / 32; w++) warps.push_back(std::make_unique<std::barrier<>>(32));

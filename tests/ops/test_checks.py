@@ -54,6 +54,8 @@ def test_the_good_call_runs() -> None:
         ({"hx": (x(2, 3, 6, 7), x(1, 3, 6, 7))}, r"c_0 must have shape .* = \(2, 3, 6, 7\), got \(1, 3, 6, 7\)"),
         ({"hx": (x(2, 3, 6, 6), x(2, 3, 6, 7))}, r"h_0 must have shape .* got \(2, 3, 6, 6\)"),
         ({"recurrent_mask": x(2, 3, 1, 1)}, r"recurrent_mask must have shape .* got \(2, 3, 1, 1\)"),
+        ({"weight_hh": x(12, 3, 3, 3, device="meta")}, r"weight_hh is on meta and input on cpu: move one of them"),
+        ({"hx": (x(2, 3, 6, 7), x(2, 3, 6, 7, device="meta"))}, r"c_0 is on meta and input on cpu: move one"),
         ({"lengths": torch.tensor([1, 2, 3])}, r"lengths must be .* of shape \(2,\), got torch.int64 \(3,\)"),
         ({"lengths": torch.tensor([1.0, 2.0])}, r"lengths must be a whole-number tensor .* got torch.float32"),
         ({"lengths": [1, 2]}, r"lengths must be a whole-number tensor .* got \[1, 2\]"),

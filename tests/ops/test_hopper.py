@@ -31,7 +31,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("has no need of the interpreter", allow_module_level=True)
 
 from convlstm_fish.ops import triton_kernels
-from convlstm_fish.ops.hopper_kernels import compiled, plan, steps
+from convlstm_fish.ops.hopper_kernels import compiled, parameters, plan, steps
 from convlstm_fish.ops.triton_kernels import op, weights
 
 FOLDER = Path(compiled.__file__).parent
@@ -87,6 +87,7 @@ def emulated_kernel(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., E
 def emulated(emulated_kernel: Callable[..., Emulated], monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
     """Has the kernels run on the CPU, in memory in which what nobody writes is not a number."""
     monkeypatch.setattr(steps, "kernel", emulated_kernel)
+    monkeypatch.setattr(steps, "prepare", lambda *args: None)
     monkeypatch.setattr(plan, "available", lambda device: True)
     monkeypatch.setattr(op, "suits", lambda frames: False)
     for module in (op, triton_kernels):
@@ -117,6 +118,48 @@ def test_without_the_gradient_of_the_input(emulated: None) -> None:
 @pytest.mark.parametrize("case", [CASES["state"], Case(1, 3, 4, 5, 9, 16)], ids=["wide", "fused"])
 def test_unrolled(case: Case, emulated: None) -> None:
     check_unrolled("cpu", torch.float16, case, TOLERANCE["float16"])
+
+
+def test_tensors_that_do_not_begin_at_16_bytes(emulated: None) -> None:
+    case, dtype = Case(2, 2, 16, 6, 5, 16), torch.bfloat16
+    tensors = make(case)
+
+    def moved(image: Tensor) -> Tensor:
+        """The same numbers, channels last, two bytes off."""
+        memory = torch.empty(image.numel() + 1, dtype=image.dtype)
+        rows = memory[1:].view(image.movedim(-3, -1).shape).copy_(image.movedim(-3, -1))
+        assert rows.data_ptr() % 16 == 2
+        return rows.movedim(-1, -3)
+
+    def function(x: Tensor, hx: tuple[Tensor, Tensor], *args: Any, **options: Any) -> Any:
+        off = [Move.apply(x, moved) for x in (x, hx[0])]
+        return op.conv_lstm_triton(off[0], (off[1], hx[1]), *args, **options)
+
+    straight = run(case, op.conv_lstm_triton, dtype, "cpu", tensors)
+    for name, value in run(case, function, dtype, "cpu", tensors).items():
+        assert torch.equal(value, straight[name]), name
+
+
+class Move(torch.autograd.Function):
+    """Another place in memory for a tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
+        return move(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        return dx, None
+
+
+def test_a_bias_that_does_not_begin_at_16_bytes() -> None:
+    bias = torch.rand(65)[1:]
+    shape = plan.Shape(4, 16, (6, 5), (6, 5), (1, 1), 0, False, True, True)
+    weights = torch.rand(64, 4, 3, 3), torch.rand(64, 16, 3, 3)
+    made = parameters.Parameters(shape, torch.bfloat16, *weights, bias).bias
+    assert made is not None
+    assert made.data_ptr() % 16 == 0
+    assert torch.equal(made, bias)
 
 
 def test_what_is_covered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,7 @@ LARGE = {
     "serenity-2": Case(3, 5, 16, 29, 23, 32, hx=False, bias=False, sequences=False, options={"padding": "valid"}),
     "wide-input": Case(2, 3, 32, 13, 37, 16, bias=False),
     "wide-state": Case(2, 3, 4, 13, 37, 32, bias=False),
+    "narrow-bias": Case(2, 3, 16, 13, 37, 32),
     "long": Case(2, 63, 5, 13, 17, 5),
     "lengths": Case(clips=3, steps=5, lengths=(5, 1, 3), mask=True),
     "lengths-reverse": Case(clips=3, steps=5, lengths=(2, 5, 1), mask=True, options={"reverse": True}),

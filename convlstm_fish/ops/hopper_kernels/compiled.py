@@ -30,6 +30,13 @@ SHARED_EACH = 1 << 10
 
 Constants = tuple[tuple[str, int], ...]
 
+_OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17", "--use_fast_math", "-default-device")
+
+
+def aligned(values: Tensor) -> Tensor:
+    """The tensor, moved if it does not begin where 16 bytes can be read at once."""
+    return values if values.data_ptr() % 16 == 0 else values.clone(memory_format=torch.contiguous_format)
+
 
 @functools.cache
 def _compiler() -> bool:
@@ -81,15 +88,14 @@ def source(name: str, constants: Constants) -> str:
     )
 
 
-def compile_source(text: str, architecture: str = "sm_90a") -> bytes:
+def compile_source(text: str) -> bytes:
     """Machine code.
 
     Raises:
         RuntimeError: the compiler refused the text.
     """
     _, program = _checked(nvrtc.nvrtcCreateProgram(text.encode(), b"kernel.cu", 0, [], []))
-    options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17", b"--use_fast_math", b"-default-device"]
-    (failed,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    (failed,) = nvrtc.nvrtcCompileProgram(program, len(_OPTIONS), [option.encode() for option in _OPTIONS])
     if int(failed) != 0:
         _, size = _checked(nvrtc.nvrtcGetProgramLogSize(program))
         log = b" " * size
@@ -105,7 +111,7 @@ def compile_source(text: str, architecture: str = "sm_90a") -> bytes:
 def _machine_code(name: str, text: str) -> bytes:
     """Compiled once a machine: it is kept where Triton keeps its own."""
     major, minor = _checked(nvrtc.nvrtcVersion())[1:]
-    cache = get_cache_manager(hashlib.sha256(f"{major}.{minor} {text}".encode()).hexdigest())
+    cache = get_cache_manager(hashlib.sha256(f"{major}.{minor} {_OPTIONS} {text}".encode()).hexdigest())
     kept = cache.get_file(f"{name}.cubin")
     if kept is None:
         kept = cache.put(compile_source(text), f"{name}.cubin", binary=True)
@@ -144,7 +150,11 @@ class Kernel:
     """
 
     def __init__(self, name: str, signature: str, constants: Constants, threads: int, shared: int) -> None:
-        code = prepare(name, constants).result()
+        try:
+            code = prepare(name, constants).result()
+        except Exception:
+            prepare.cache_clear()  # a disk that was full may have room the next time
+            raise
         torch.cuda.current_stream()  # makes the context that the module is loaded into
         _, self.module = _checked(driver.cuModuleLoadData(code))
         _, self.function = _checked(driver.cuModuleGetFunction(self.module, name.encode()))

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from convlstm_fish.ops.hopper_kernels.compiled import aligned
 from convlstm_fish.ops.hopper_kernels.plan import Shape
 
 
@@ -75,22 +76,24 @@ class Parameters:
     def __init__(
         self, shape: Shape, dtype: torch.dtype, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None
     ) -> None:
-        self.shape, self.device = shape, weight_ih.device
-        self.bias = None if bias is None else bias.detach().float().contiguous()
+        self.device = weight_ih.device
+        # The channels alone decide where a number goes: one index serves frames of every size.
+        self._layout = Shape(shape.channels, shape.hidden, (0, 0), (0, 0), (0, 0), 0, False, False, False)
+        self.bias = None if bias is None else aligned(bias.detach().float().contiguous())
         parts = [weight_ih.detach().flatten(), weight_hh.detach().flatten(), weight_ih.new_zeros(1)]
         self._flat = torch.cat([part.to(dtype) for part in parts])
 
     @cached_property
     def forward(self) -> Tensor:
         """Both weights for the gates."""
-        return self._flat[_forward_index(self.shape, self.device)]
+        return self._flat[_forward_index(self._layout, self.device)]
 
     @cached_property
     def adjoint(self) -> Tensor:
         """W_hh for the gradient of h."""
-        return self._flat[_adjoint_index(self.shape, False, self.device)]
+        return self._flat[_adjoint_index(self._layout, False, self.device)]
 
     @cached_property
     def adjoint_both(self) -> Tensor:
         """Both for the gradients of h and x."""
-        return self._flat[_adjoint_index(self.shape, True, self.device)]
+        return self._flat[_adjoint_index(self._layout, True, self.device)]

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from convlstm_fish.ops.hopper_kernels.steps import Steps, aligned
+from convlstm_fish.ops.hopper_kernels.compiled import aligned
+from convlstm_fish.ops.hopper_kernels.steps import Steps
 
 
 def run_forward(
@@ -41,7 +42,7 @@ def run_backward(
     h_0: Tensor | None, c_0: Tensor | None, reverse: bool, chunk: int, da: Tensor, dbias: Tensor | None,
     dx: Tensor | None, need_state: bool, take_up: Callable[[int, int], None],
 ) -> Tensor | None:  # fmt: skip
-    """Runs the steps backward; ``dc``, the gradient of c_n, becomes that of c_0.
+    """Runs the steps backward; ``dc``, the gradient of c_n, becomes that of c_0. x and h_0 are aligned.
 
     Args:
         chunk: after so many steps ``take_up(s, chunk)`` is called, with the first step's number, to read their ``da``.
@@ -52,11 +53,10 @@ def run_backward(
         The gradient of h_0, None unless ``need_state``.
     """
     many = x.shape[1]
-    x = aligned(x)
     dout = None if dout is None else aligned(dout)
     dh = None if dh_n is None else aligned(dh_n)
-    state = (None, None) if h_0 is None or c_0 is None else (aligned(h_0), c_0.to(x.dtype))
-    # By itself the gradient of h is made where it is needed; with that of x it is a product of its own.
+    state = (None, None) if h_0 is None or c_0 is None else (h_0, c_0.to(x.dtype))
+    # The gradient of h is made where it is needed if the weights are small; with that of x it is a product of its own.
     fused = steps.shape.fused and dx is None
     waiting, da_next = 0, None
     for s in reversed(range(many)):

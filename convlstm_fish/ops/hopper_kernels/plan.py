@@ -155,7 +155,8 @@ def plan_sums(shape: Shape) -> Plan | None:
 def _fits(shape: Shape) -> bool:
     # The tiles of the input's gradient are the input's, and have to include the state's pixels.
     inside = all(p <= 1 and i + p > s for i, p, s in zip(shape.size_in, shape.pads, shape.size))
-    plans = (plan_forward(shape), plan_backward(shape, shape.fused), plan_adjoint(shape, True), plan_sums(shape))
+    plans = [plan_forward(shape), plan_sums(shape), *(plan_adjoint(shape, with_x) for with_x in (False, True))]
+    plans += [plan_backward(shape, fused) for fused in (False, shape.fused)]
     # Within a frame places are counted in 32 bits.
     countable = shape.gates * max(math.prod(shape.size), math.prod(shape.size_in)) < 2**31
     return inside and countable and None not in plans

@@ -18,11 +18,6 @@ _SIGNATURES = {
 }
 
 
-def aligned(image: Tensor) -> Tensor:
-    """The tensor, moved if it does not begin where 16 bytes can be read at once."""
-    return image if image.data_ptr() % 16 == 0 else image.clone(memory_format=torch.contiguous_format)
-
-
 class Steps:
     """Launches of a layer's steps. Images of one step are (N, H, W, C), apart in memory by their first stride.
 
@@ -86,8 +81,8 @@ class Steps:
     @property
     def bias_rows(self) -> int:
         """How many rows of sums the backward step adds the bias's gradient to, at most."""
-        plan = _known(plan_backward(self.shape, False))
-        return plan.programs * self.multiprocessors * plan.threads // 32
+        plans = {_known(plan_backward(self.shape, fused)) for fused in (False, self.shape.fused)}
+        return max(plan.programs * plan.threads for plan in plans) * self.multiprocessors // 32
 
     def new_da(self, x: Tensor, clips: int, steps: int) -> Tensor:
         """Memory for the gradients of the gates of so many steps, (N, steps, 4 * C_h / 8, H', W', 8)."""

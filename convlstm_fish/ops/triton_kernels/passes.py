@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from convlstm_fish.ops.hopper_kernels import passes as hopper
+from convlstm_fish.ops.hopper_kernels.compiled import aligned
 from convlstm_fish.ops.triton_kernels.launch import launch
 from convlstm_fish.ops.triton_kernels.layer import Layer, gate_dtype, multiprocessors, tile_count
 from convlstm_fish.ops.triton_kernels.steps import backward_step, forward_step
@@ -92,6 +93,8 @@ def run_backward(
     chunk = max(1, min(steps, CHUNK_BYTES // (4 * clips * numbers * x.element_size())))
     # One more than a chunk, because a step reads the da of the step after while its own chunk fills.
     da = gradients.room(layer, x, min(chunk + 1, steps))
+    if weights.steps is not None:  # also for take_up, below
+        x, h_0 = aligned(x), None if h_0 is None else aligned(h_0)
     dout, dh_n, dc_n = (None if t is None else t.contiguous() for t in (dout, dh_n, dc_n))
     dc = torch.empty((clips, *layer.size, hidden), dtype=torch.float32, device=x.device)
     narrow = weights.steps
