@@ -1,4 +1,4 @@
-"""The ConvLSTM on a CPU, channels last: one convolution of x and h side by side a step, and a gradient by hand.
+"""The ConvLSTM on a CPU, channels last: x and h are convolved side by side, a gate at a time, and a gradient by hand.
 
 oneDNN convolves channels-last images several times as fast as others where channels are few, and a step's numbers stay
 in the cache between its operations. Each gate is an image of its own, for torch works on a few channels of many several
