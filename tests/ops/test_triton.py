@@ -200,7 +200,12 @@ def two_layers(device: str, dtype: torch.dtype, backend: str) -> list[Tensor]:
     return [x, *torch.autograd.grad(x.double().square().sum(), [first, *weights])]
 
 
-def check_two_layers(device: str, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def test_unrolled_states_are_read_as_sequences(
+    device: str, poisoned: None, precision: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from convlstm_fish.ops.triton_kernels.unrolled import DeferredGradients
 
     added, add = [], DeferredGradients._add
@@ -210,26 +215,11 @@ def check_two_layers(device: str, dtype: torch.dtype, tolerance: float, monkeypa
         add(self, h, x, da)
 
     monkeypatch.setattr(DeferredGradients, "_add", count)
+    precision(False)
     truth = two_layers(device, torch.float64, "reference")
-    found = two_layers(device, dtype, "triton")
+    found = two_layers(device, torch.float32, "triton")
     assert sorted(added) == [1, 1, 4, 4]  # the first of five steps reads what others wrote, the rest are one sequence
-    assert all(relative_error(ours, theirs) < tolerance for ours, theirs in zip(found, truth))
-
-
-@interpreted
-def test_unrolled_states_are_read_as_sequences(
-    poisoned: None, precision: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    precision(False)
-    check_two_layers("cpu", torch.float32, TOLERANCE["float32"], monkeypatch)
-
-
-@pytest.mark.gpu
-def test_unrolled_states_are_read_as_sequences_on_a_gpu(
-    poisoned: None, precision: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    precision(False)
-    check_two_layers("cuda", torch.float32, TOLERANCE["float32"], monkeypatch)
+    assert all(relative_error(ours, theirs) < TOLERANCE["float32"] for ours, theirs in zip(found, truth))
 
 
 @pytest.mark.gpu

@@ -66,7 +66,7 @@ class Augmentation:
         numbers = np.array([flip & 1, flip >> 1, *shift, *factors], dtype=np.float32)
         return torch.from_numpy(numbers), noise_seed
 
-    def flipped(self, numbers: Tensor) -> Tensor:
+    def which_flips(self, numbers: Tensor) -> Tensor:
         """Whether each clip is turned upside down, and mirrored: (N, 2), from (N, 6) numbers."""
         return numbers[:, :2] > 0  # the first two COLUMNS; a list of them would have to travel to the device
 
@@ -88,9 +88,10 @@ class Augmentation:
         column = {name: numbers[:, k].view(-1, 1, 1, 1, 1) for k, name in enumerate(COLUMNS)}
         if self.flips != "none" and not flipped:
             words = by_words(video)  # rows keep their pixels in order
-            words = torch.where(column["flip_rows"] > 0, words.flip(-2), words)
+            upside_down, left_to_right = self.which_flips(numbers).view(-1, 2, 1, 1, 1, 1).unbind(1)
+            words = torch.where(upside_down, words.flip(-2), words)
             mirrored = words.view(torch.uint8).flip(-1).view(words.dtype)
-            video = torch.where(column["flip_columns"] > 0, mirrored, words).view(torch.uint8)
+            video = torch.where(left_to_right, mirrored, words).view(torch.uint8)
         if self.shift:
             video = _shift(_shift(video, column["shift_rows"], -2), column["shift_columns"], -1)
         plain = not (self.brightness or self.contrast or self.noise)

@@ -345,7 +345,7 @@ class FishClips(ResumableDataModule):
         return self._resident is not None or ResidentFrames.fits(len(self.recording), self.image_size, device)
 
     def _frames_on(self, device: torch.device) -> ResidentFrames:
-        if self._resident is None or self._resident.device != device:
+        if self._resident is None or self._resident.frames.device != device:
             kept = _kept_pixels(self.recording, self.image_size)
             flipped = self.augmentation.flips != "none"
             flipped = flipped and ResidentFrames.fits(4 * len(self.recording), self.image_size, device)
@@ -358,7 +358,7 @@ class FishClips(ResumableDataModule):
         if "video" not in batch:
             resident = self._frames_on(batch["index"].device)
             flipped = resident.flipped and numbers is not None
-            flips = self.augmentation.flipped(numbers) if flipped else None
+            flips = self.augmentation.which_flips(numbers) if flipped else None
             batch["video"] = resident.clips(batch["index"], self.clip_frames, self.step_frames, flips)
         if numbers is not None:
             seeds = batch.pop("noise_seed")

@@ -36,7 +36,7 @@ class ResidentFrames:
         device: torch.device,
         flipped: bool = False,
     ) -> None:
-        self.device, self.count = device, len(recording)
+        self.count = len(recording)
         sides = ((), (-2,), (-1,), (-2, -1)) if flipped else ((),)
         self.frames = torch.empty(len(sides) * self.count, *size, dtype=torch.uint8, device=device)
         for start in range(0, self.count, CHUNK):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from convlstm_fish.ops.hopper_kernels.compiled import aligned
-from convlstm_fish.ops.hopper_kernels.steps import Steps
+from convlstm_fish.ops.hopper_kernels.steps import Steps, prepare_backward
 
 
 def run_forward(
@@ -23,7 +23,7 @@ def run_forward(
     clips, many = x.shape[:2]
     frame = (*steps.shape.size, steps.shape.hidden)
     if keep_c:
-        steps.prepare_backward()
+        prepare_backward(steps.shape)
     x = aligned(x)
     h = x.new_empty(clips, many if keep_h else 2, *frame)
     cells = x.new_empty((clips, many, *frame) if keep_c else (0,))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -34,26 +36,10 @@ class Steps:
         self._backwards = 1
         self._kernels: dict[tuple[str, bool], tuple[Plan, Kernel]] = {}
 
-    def _plan(self, name: str, variant: bool) -> Plan:
-        plans = {
-            "forward_step": lambda: plan_forward(self.shape),
-            "backward_step": lambda: plan_backward(self.shape, variant),
-            "adjoint_step": lambda: plan_adjoint(self.shape, variant),
-            "weight_gradients": lambda: plan_sums(self.shape),
-        }
-        return _known(plans[name]())
-
-    def prepare_backward(self) -> None:
-        """Starts to compile what a backward pass will most likely need: a first layer's, or one's inside a network."""
-        fused = self.shape.fused
-        for name, variant in (("backward_step", fused), ("weight_gradients", False), ("adjoint_step", True)):
-            if name != "adjoint_step" or not fused:
-                prepare(name, self._plan(name, variant).constants)
-
     def _kernel(self, name: str, variant: bool = False) -> tuple[Plan, Kernel]:
         key = (name, variant)
         if key not in self._kernels:
-            plan = self._plan(name, variant)
+            plan = _plan(self.shape, name, variant)
             made = kernel(self.device, name, _SIGNATURES[name], plan.constants, plan.threads, plan.shared)
             self._kernels[key] = plan, made
         return self._kernels[key]
@@ -81,7 +67,7 @@ class Steps:
     @property
     def bias_rows(self) -> int:
         """How many rows of sums the backward step adds the bias's gradient to, at most."""
-        plans = {_known(plan_backward(self.shape, fused)) for fused in (False, self.shape.fused)}
+        plans = {_plan(self.shape, "backward_step", fused) for fused in (False, self.shape.fused)}
         return max(plan.programs * plan.threads for plan in plans) * self.multiprocessors // 32
 
     def new_da(self, x: Tensor, clips: int, steps: int) -> Tensor:
@@ -172,9 +158,26 @@ class Sums:
         ]
 
 
-def _known(plan: Plan | None) -> Plan:
+def _plan(shape: Shape, name: str, variant: bool) -> Plan:
+    plans = {
+        "forward_step": lambda: plan_forward(shape),
+        "backward_step": lambda: plan_backward(shape, variant),
+        "adjoint_step": lambda: plan_adjoint(shape, variant),
+        "weight_gradients": lambda: plan_sums(shape),
+    }
+    plan = plans[name]()
     assert plan is not None  # covers() has looked
     return plan
+
+
+@functools.lru_cache(maxsize=1024)
+def prepare_backward(shape: Shape) -> None:
+    """Starts to compile what a backward pass will most likely need: a first layer's, or one's inside a network."""
+    needed = [("backward_step", shape.fused), ("weight_gradients", False)]
+    if not shape.fused:
+        needed.append(("adjoint_step", True))
+    for name, variant in needed:
+        prepare(name, _plan(shape, name, variant).constants)
 
 
 def _stride(images: Tensor | None) -> int:

@@ -93,11 +93,15 @@ def run_backward(
     chunk = max(1, min(steps, CHUNK_BYTES // (4 * clips * numbers * x.element_size())))
     # One more than a chunk, because a step reads the da of the step after while its own chunk fills.
     da = gradients.room(layer, x, min(chunk + 1, steps))
-    if weights.steps is not None:  # also for take_up, below
+    narrow = weights.steps
+    if narrow is not None:  # also for take_up, below
         x, h_0 = aligned(x), None if h_0 is None else aligned(h_0)
     dout, dh_n, dc_n = (None if t is None else t.contiguous() for t in (dout, dh_n, dc_n))
+    dh, dc_in = dh_n, dc_n
     dc = torch.empty((clips, *layer.size, hidden), dtype=torch.float32, device=x.device)
-    narrow = weights.steps
+    if narrow is not None or lengths is not None:
+        # Those kernels find dc in place; a clip's last step, because it comes when others have begun.
+        dc_in = dc.zero_() if dc_n is None else dc.copy_(dc_n)
     # Of a wide layer the product and the rest of a step are launches of their own, each cut as suits it. Where the
     # convolutions look at the same pixels, one product gives the gradients of h and x.
     apart = narrow is None and tiles.keep_gates and lengths is None
@@ -116,7 +120,6 @@ def run_backward(
             write_image_gradient(layer, weights.image_x, da, dx, x.stride(1), None, s, waiting, lengths)
 
     if narrow is not None:
-        _ = dc.zero_() if dc_n is None else dc.copy_(dc_n)
         dh_0 = hopper.run_backward(
             narrow, dout, dh_n, dc, h, cells, x, h_0, c_0, layer.reverse, chunk, da, gradients.dbias,
             dx if need_x else None, need_state, take_up,
@@ -133,9 +136,6 @@ def run_backward(
         "HALO": layer.halo, "STAGES": tile.stages, "STAGES_BACK": tile.stages_back,
     }  # fmt: skip
     factor = x if mask is None else mask  # a pointer that is only read with HAS_MASK
-    dh, dc_in = dh_n, dc_n
-    if lengths is not None:  # a clip's last step comes when others have begun, and finds its dc in place
-        dc_in = dc.zero_() if dc_n is None else dc.copy_(dc_n)
     dh_before = torch.empty_like(dc, dtype=x.dtype) if need_state or (apart and steps > 1) else x.new_empty(0)
     # Without a product to make, a wide layer's programs are small, so that more of them run side by side.
     constants["BC"] = min(tile.channels, 32) if apart else tile.channels

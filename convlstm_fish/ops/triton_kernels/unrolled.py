@@ -39,7 +39,7 @@ def _runs(frames: Sequence[tuple[Tensor, ...]]) -> Iterator[slice]:
 
 
 class DeferredGradients(Gradients):
-    """Gradients whose steps are collected, up to ``steps`` of them, and added in one launch; or not ``wanted``."""
+    """Gradients whose steps are collected, up to ``steps`` of them, and added in a few launches; or not ``wanted``."""
 
     def __init__(self, layer: Layer, weights: Weights, steps: int, wanted: bool) -> None:
         super().__init__(layer, weights)

@@ -47,7 +47,7 @@ class GracefulStop(pl.Callback):
         self._previous = _listen(self._ask)
         if self._previous:
             # With its handlers gone this has nothing to tell the other processes, and waits for the GPU in each step.
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._asked:
@@ -119,10 +119,6 @@ def _listen(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
         return {}  # Python delivers signals to the main thread only
     numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
     return {number: signal.signal(number, handler) for number in numbers}
-
-
-def _nothing() -> None:
-    pass
 
 
 def _put_back(handlers: dict[int, Any]) -> None:
