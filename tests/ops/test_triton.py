@@ -37,6 +37,11 @@ SMALL = {
     "kept-gates-reverse": Case(1, 3, 2, 3, 4, 64, hx=False, options={"reverse": True}),
     "kept-gates-valid": Case(1, 3, 2, 5, 4, 64, hx=False, bias=False, options={"padding": "valid"}),
     "kept-gates-lengths": Case(2, 2, 2, 3, 4, 64, lengths=(1, 2)),
+    "convolved": Case(2, 3, 16, 5, 4, 64, peephole="channel"),
+    "convolved-reverse": Case(1, 3, 24, 3, 4, 72, hx=False, bias=False, options={
+        "reverse": True, "recurrent_activation": "hard_sigmoid"}),
+    "convolved-last": Case(1, 2, 16, 5, 6, 64, (5, 3), (5, 3), peephole="pixel", sequences=False),
+    "convolved-one-step": Case(1, 1, 16, 3, 4, 64, (1, 1), (1, 1)),
     "short-lengths": Case(steps=2, height=3, width=4, lengths=(2, 1), sequences=False),
     "short-lengths-reverse": Case(steps=2, height=3, width=4, lengths=(1, 2), mask=True, options={"reverse": True}),
     "one-step": Case(steps=1, height=1, width=1, kernel=(1, 1), kernel_h=(1, 1), hidden=3, channels=1),
@@ -128,6 +133,7 @@ UNROLLED = {
     "one": Case(1, 1, 3, 5, 4, bias=False),
     "pixel": Case(1, 2, 3, 5, 4, 6, (2, 3), (4, 2), peephole="pixel"),
     "kept-gates": Case(1, 3, 3, 5, 4, 64, peephole="channel"),
+    "convolved": Case(2, 3, 16, 5, 4, 64, peephole="channel"),
 }
 
 
@@ -187,7 +193,7 @@ def test_unrolled_passes_stand_alone(precision: Callable[[bool], None]) -> None:
 def two_layers(device: str, dtype: torch.dtype, backend: str) -> list[Tensor]:
     """The last output of two layers that read each other's states, and the gradients of x and all weights."""
     random = torch.Generator().manual_seed(2)
-    shapes = [(1, 4, 5, 4), *[(64, 16, 3, 3)] * 4]
+    shapes = [(1, 16, 5, 4), *[(256, 64, 3, 3)] * 4]
     tensors = [torch.randn(shape, generator=random, dtype=torch.float64) / 8 for shape in shapes]
     first, *weights = (t.to(dtype).double().to(device, dtype).requires_grad_() for t in tensors)
     x = first.repeat(1, 4, 1, 1)
@@ -203,22 +209,22 @@ def two_layers(device: str, dtype: torch.dtype, backend: str) -> list[Tensor]:
 @pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
 )
-def test_unrolled_states_are_read_as_sequences(
+def test_unrolled_images_are_read_as_sequences(
     device: str, poisoned: None, precision: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from convlstm_fish.ops.triton_kernels.unrolled import DeferredGradients
+    from convlstm_fish.ops.triton_kernels.convolved import ConvolvedSums
 
-    added, add = [], DeferredGradients._add
+    added, add = [], ConvolvedSums.add
 
-    def count(self: Any, h: Tensor, x: Tensor, da: Tensor) -> None:
-        added.append(h.shape[1])
-        add(self, h, x, da)
+    def count(self: Any, images: Tensor, da: Tensor) -> None:
+        added.append(len(images))
+        add(self, images, da)
 
-    monkeypatch.setattr(DeferredGradients, "_add", count)
+    monkeypatch.setattr(ConvolvedSums, "add", count)
     precision(False)
     truth = two_layers(device, torch.float64, "reference")
     found = two_layers(device, torch.float32, "triton")
-    assert sorted(added) == [1, 1, 4, 4]  # the first of five steps reads what others wrote, the rest are one sequence
+    assert sorted(added) == [1, 1, 5, 5]  # a step without a state before it is a call of its own
     assert all(relative_error(ours, theirs) < TOLERANCE["float32"] for ours, theirs in zip(found, truth))
 
 

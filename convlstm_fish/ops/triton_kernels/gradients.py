@@ -94,10 +94,10 @@ def weight_gradients(
 
 @triton.jit(do_not_specialize=["first", "T", "slots"])
 def image_gradient(
-    da_ptr, w_ptr, factor_ptr, out_ptr, rest_ptr, length_ptr,
-    first, T, slots, da_n, da_t, out_n, out_t, rest_n, factor_n,
+    da_ptr, w_ptr, factor_ptr, out_ptr, length_ptr,
+    first, T, slots, da_n, da_t, out_n, out_t, factor_n,
     H: tl.constexpr, W: tl.constexpr, HI: tl.constexpr, WI: tl.constexpr, ldw: tl.constexpr,
-    C: tl.constexpr, C_OUT: tl.constexpr, CP_GATES: tl.constexpr, GATES: tl.constexpr,
+    C: tl.constexpr, CP_GATES: tl.constexpr, GATES: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr,
     SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, DY: tl.constexpr, DX: tl.constexpr,
     HAS_FACTOR: tl.constexpr, HAS_LENGTHS: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
@@ -106,8 +106,7 @@ def image_gradient(
 ):  # fmt: skip
     """The adjoint of a convolution on da, for every clip and the steps from ``first``: gradient of x, or of h.
 
-    Grid: (tiles of the image * channel blocks, clips, steps). Past a clip's length it writes zeros. The first C_OUT
-    channels are those of ``out``; if there are more, ``rest``, which has no time, holds them.
+    Grid: (tiles of the image * channel blocks, clips, steps). Past a clip's length it writes zeros.
     """
     blocks: tl.constexpr = (C + BC - 1) // BC
     block = tl.program_id(0) % blocks
@@ -116,9 +115,8 @@ def image_gradient(
     y, x, valid = tile_pixels(tl.program_id(0) // blocks, HI, WI, BM, TW, HALO)
     columns = block * BC + tl.arange(0, BC)
     side_by_side = block * (4 * BC) + tl.arange(0, 4 * BC)
-    pixel = (y * WI + x)[:, None]
-    at = pixel * C_OUT + columns[None, :]
-    exists = valid[:, None] & (columns < C_OUT)[None, :]
+    at = (y * WI + x)[:, None] * C + columns[None, :]
+    exists = valid[:, None] & (columns < C)[None, :]
     length = tl.load(length_ptr + n) if HAS_LENGTHS else T
     acc = tl.zeros((BM, BC), dtype=tl.float32)
     t = s.to(tl.int64)
@@ -139,7 +137,3 @@ def image_gradient(
         if HAS_FACTOR:
             acc *= tl.load(factor_ptr + n * factor_n + at, mask=exists, other=0.0)
     tl.store(out_ptr + n * out_n + t * out_t + at, acc.to(out_ptr.dtype.element_ty), mask=exists)
-    if C > C_OUT:
-        at = pixel * (C - C_OUT) + (columns - C_OUT)[None, :]
-        exists = valid[:, None] & ((columns >= C_OUT) & (columns < C))[None, :]
-        tl.store(rest_ptr + n * rest_n + at, acc.to(rest_ptr.dtype.element_ty), mask=exists)

@@ -119,7 +119,7 @@ class UnrollTriton:
         if [p._version for p in self._all] != self._versions:
             raise RuntimeError("the weights have changed since the first step; unroll the layer again")
         dtype = _compute_dtype(input)
-        x = _channels_last(input, dtype).unsqueeze(1)
+        x, h = input.to(dtype).permute(0, 2, 3, 1).unsqueeze(1), hx[0].to(dtype).permute(0, 2, 3, 1)
         layer = make_layer(
             x, weight_ih, weight_hh, where.out, where.stride, [before for before, _ in where.pads], where.dilation,
             ACTIVATIONS.index(self.activation), torch.backends.cudnn.allow_tf32, False,
@@ -127,7 +127,9 @@ class UnrollTriton:
         key = (dtype, layer.precision, tuple(x.shape), torch.is_grad_enabled())
         if key not in self._unrolled:
             self._unrolled[key] = Unrolled(layer, weight_ih, weight_hh, bias, *_peephole(peephole, where))
-        h, c = self._unrolled[key](layer, x, _channels_last(hx[0], dtype), _channels_last(hx[1], torch.float32))
+        if self._unrolled[key].shared.weights.convolved is None:
+            x, h = _channels_last(input, dtype).unsqueeze(1), _channels_last(hx[0], dtype)
+        h, c = self._unrolled[key](layer, x, h, _channels_last(hx[1], torch.float32))
         return h.permute(0, 3, 1, 2), c.permute(0, 3, 1, 2)
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convlstm_fish.ops.triton_kernels import convolved
 from convlstm_fish.ops.triton_kernels.layer import gate_dtype, make_layer
 from convlstm_fish.ops.triton_kernels.passes import run_backward, run_forward
-from convlstm_fish.ops.triton_kernels.tuning import choose
-from convlstm_fish.ops.triton_kernels.weights import Gradients, Weights
+from convlstm_fish.ops.triton_kernels.weights import CHUNK_BYTES, Gradients, Weights
 
 
 def _last(sequence: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:
@@ -29,24 +29,29 @@ def conv_lstm_forward(
     w_ci: Tensor | None, w_cf: Tensor | None, w_co: Tensor | None, mask: Tensor | None, lengths: Tensor | None,
     size: list[int], stride: list[int], pads: list[int], dilation: list[int], activation: int, tf32: bool,
     reverse: bool, keep_h: bool, keep_c: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Runs the steps. Channels last throughout: x (N, T, H, W, C), states (N, H', W', C_h), mask the same.
 
     Returns:
         h of every step (N, T, H', W', C_h), empty without ``keep_h``; h_n; c_n; and for the backward pass, in the
-        dtype of x and empty without ``keep_c``, c of every step and for wide layers the gates (N, T, H', W', 4 * C_h).
+        dtype of x and empty without ``keep_c``, c of every step, for wide layers the gates (N, T, H', W', 4 * C_h), or
+        for convolved ones those before activation (T, N, H', W', 4 * C_h) and the images (T, N, H', W', C + C_h).
     """
     layer = make_layer(x, weight_ih, weight_hh, size, stride, pads, dilation, activation, tf32, reverse)
     plain = mask is None and lengths is None
     weights = Weights(layer, weight_ih, weight_hh, bias, w_ci, w_cf, w_co, plain=plain)
-    h, c, cells, gates = run_forward(layer, weights, x, h_0, c_0, mask, lengths, keep_h, keep_c)
+    images = x.new_empty(0)
+    if weights.convolved is not None:
+        h, c, cells, gates, images = convolved.run_forward(layer, weights.convolved, x, h_0, c_0, keep_h, keep_c)
+    else:
+        h, c, cells, gates = run_forward(layer, weights, x, h_0, c_0, mask, lengths, keep_h, keep_c)
     if keep_h:
-        return h, _last(h, lengths, reverse), c, cells, gates
+        return h, _last(h, lengths, reverse), c, cells, gates, images
     if lengths is None:
         h_n = h[:, (layer.steps - 1) % 2].clone()
     else:
         h_n = h[torch.arange(layer.clips, device=x.device), (lengths.long() - 1) % 2]
-    return x.new_empty(0), h_n, c, cells, gates
+    return x.new_empty(0), h_n, c, cells, gates, images
 
 
 @conv_lstm_forward.register_fake
@@ -55,45 +60,57 @@ def _(
     w_ci: Tensor | None, w_cf: Tensor | None, w_co: Tensor | None, mask: Tensor | None, lengths: Tensor | None,
     size: list[int], stride: list[int], pads: list[int], dilation: list[int], activation: int, tf32: bool,
     reverse: bool, keep_h: bool, keep_c: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    frame = (*size, weight_hh.shape[1])
-    clips, steps = x.shape[:2]
-    keep_gates = keep_c and choose(int(x.shape[4]), int(weight_hh.shape[1]), x.dtype).keep_gates
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    layer = make_layer(x, weight_ih, weight_hh, size, stride, pads, dilation, activation, tf32, reverse)
+    clips, steps, frame = layer.clips, layer.steps, (*size, layer.hidden)
+    is_convolved = keep_c and mask is None and lengths is None and convolved.covers(layer)
+    gates = x.new_empty(0, dtype=gate_dtype(x.dtype))
+    if is_convolved:
+        gates = x.new_empty(steps, clips, *size, 4 * layer.hidden)
+    elif keep_c and layer.tiles.keep_gates:
+        gates = x.new_empty((clips, steps, *size, 4 * layer.hidden), dtype=gate_dtype(x.dtype))
     return (
         x.new_empty((clips, steps, *frame) if keep_h else (0,)),
         x.new_empty((clips, *frame)),
         x.new_empty((clips, *frame), dtype=torch.float32),
         x.new_empty((clips, steps, *frame) if keep_c else (0,)),
-        x.new_empty((clips, steps, *size, 4 * frame[2]) if keep_gates else (0,), dtype=gate_dtype(x.dtype)),
+        gates,
+        x.new_empty((steps, clips, *size, layer.channels + layer.hidden) if is_convolved else (0,)),
     )
 
 
 @torch.library.custom_op("convlstm_fish::conv_lstm_backward", mutates_args=())
 def _backward(
     dout: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, h: Tensor, cells: Tensor, gates: Tensor,
-    x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None,
-    w_ci: Tensor | None, w_cf: Tensor | None, w_co: Tensor | None, mask: Tensor | None, lengths: Tensor | None,
-    size: list[int], stride: list[int], pads: list[int], dilation: list[int], activation: int, tf32: bool,
-    reverse: bool, need_x: bool, need_state: bool,
+    images: Tensor, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weight_ih: Tensor, weight_hh: Tensor,
+    bias: Tensor | None, w_ci: Tensor | None, w_cf: Tensor | None, w_co: Tensor | None, mask: Tensor | None,
+    lengths: Tensor | None, size: list[int], stride: list[int], pads: list[int], dilation: list[int],
+    activation: int, tf32: bool, reverse: bool, need_x: bool, need_state: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, h_0, c_0 (empty unless needed), of the weights, the bias and the three peepholes (if any)."""
     layer = make_layer(x, weight_ih, weight_hh, size, stride, pads, dilation, activation, tf32, reverse)
     plain = mask is None and lengths is None
     weights = Weights(layer, weight_ih, weight_hh, bias, w_ci, w_cf, w_co, plain=plain)
     gradients = Gradients(layer, weights)
-    found = run_backward(
-        layer, weights, gradients, dout, dh_n, dc_n, h, cells, gates, x, h_0, c_0, mask, lengths, need_x, need_state
-    )
+    if weights.convolved is not None:
+        found = convolved.run_backward(
+            layer, weights.convolved, gradients, CHUNK_BYTES // (gates[0].numel() * gates.element_size()), dout, dh_n,
+            dc_n, cells, gates, images, c_0, need_x, need_state,
+        )  # fmt: skip
+    else:
+        found = run_backward(
+            layer, weights, gradients, dout, dh_n, dc_n, h, cells, gates, x, h_0, c_0, mask, lengths, need_x, need_state
+        )
     return [*(t.contiguous() for t in found), *gradients.results()]  # an operator's results may not share memory
 
 
 @_backward.register_fake
 def _(
     dout: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, h: Tensor, cells: Tensor, gates: Tensor,
-    x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None,
-    w_ci: Tensor | None, w_cf: Tensor | None, w_co: Tensor | None, mask: Tensor | None, lengths: Tensor | None,
-    size: list[int], stride: list[int], pads: list[int], dilation: list[int], activation: int, tf32: bool,
-    reverse: bool, need_x: bool, need_state: bool,
+    images: Tensor, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weight_ih: Tensor, weight_hh: Tensor,
+    bias: Tensor | None, w_ci: Tensor | None, w_cf: Tensor | None, w_co: Tensor | None, mask: Tensor | None,
+    lengths: Tensor | None, size: list[int], stride: list[int], pads: list[int], dilation: list[int],
+    activation: int, tf32: bool, reverse: bool, need_x: bool, need_state: bool,
 ) -> list[Tensor]:  # fmt: skip
     frame = (x.shape[0], *size, weight_hh.shape[1])
     gradients = [
@@ -110,19 +127,19 @@ _TENSORS = 11  # how many of the forward operator's arguments are tensors
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    h, _, _, cells, gates = output
+    h, _, _, cells, gates, images = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(cells, gates)
-    ctx.save_for_backward(h, cells, gates, *inputs[:_TENSORS])
+    ctx.mark_non_differentiable(cells, gates, images)
+    ctx.save_for_backward(h, cells, gates, images, *inputs[:_TENSORS])
     ctx.options = inputs[_TENSORS:-2]
 
 
 def _gradient(ctx: Any, dout: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: None) -> tuple[Any, ...]:
-    h, cells, gates, *tensors = ctx.saved_tensors
+    h, cells, gates, images, *tensors = ctx.saved_tensors
     need = ctx.needs_input_grad
     bias, w_ci = tensors[5], tensors[6]
     need_state = tensors[1] is not None and (need[1] or need[2])
-    out = _backward(dout, dh_n, dc_n, h, cells, gates, *tensors, *ctx.options, need[0], need_state)
+    out = _backward(dout, dh_n, dc_n, h, cells, gates, images, *tensors, *ctx.options, need[0], need_state)
     dx, dh_0, dc_0, dw_ih, dw_hh, *rest = out
     state = (dh_0, dc_0) if need_state else (None, None)
     dbias = rest.pop(0) if bias is not None else None

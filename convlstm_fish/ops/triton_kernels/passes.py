@@ -18,11 +18,10 @@ from convlstm_fish.ops.triton_kernels.weights import CHUNK_BYTES, Gradients, Wei
 
 def run_forward(
     layer: Layer, weights: Weights, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, mask: Tensor | None,
-    lengths: Tensor | None, keep_h: bool, keep_c: bool, h: Tensor | None = None,
+    lengths: Tensor | None, keep_h: bool, keep_c: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Runs the steps. Channels last throughout: x (N, T, H, W, C), states (N, H', W', C_h), mask the same.
-
-    ``h``, (N, T, H', W', C_h) with ``keep_h``, is memory for the first result.
+    """Runs the steps of a layer that is not convolved. Channels last throughout: x (N, T, H, W, C), states
+    (N, H', W', C_h), mask the same.
 
     Returns:
         h of every step (N, T, H', W', C_h), or without ``keep_h`` (N, 2, H', W', C_h), where step s lies at s % 2; c_n;
@@ -37,8 +36,7 @@ def run_forward(
     frame = (*layer.size, layer.hidden)
     numbers = layer.size[0] * layer.size[1] * layer.hidden
     # Without a sequence two frames take turns, and a step's frame is found by the parity of the step.
-    if h is None:
-        h = x.new_empty(clips, steps if keep_h else 2, *frame)
+    h = x.new_empty(clips, steps if keep_h else 2, *frame)
     cells = x.new_empty((clips, steps, *frame) if keep_c else (0,))
     keep_gates = keep_c and layer.tiles.keep_gates
     kept = (clips, steps, *layer.size, 4 * layer.hidden) if keep_gates else (0,)
@@ -102,10 +100,8 @@ def run_backward(
     if narrow is not None or lengths is not None:
         # Those kernels find dc in place; a clip's last step, because it comes when others have begun.
         dc_in = dc.zero_() if dc_n is None else dc.copy_(dc_n)
-    # Of a wide layer the product and the rest of a step are launches of their own, each cut as suits it. Where the
-    # convolutions look at the same pixels, one product gives the gradients of h and x.
+    # Of a wide layer the product and the rest of a step are launches of their own, each cut as suits it.
     apart = narrow is None and tiles.keep_gates and lengths is None
-    joint = apart and need_x and layer.alike and mask is None
     dx = torch.empty_like(x) if need_x else x.new_empty(0)
 
     def take_up(s: int, waiting: int) -> None:
@@ -116,7 +112,7 @@ def run_backward(
                 gradients.add(h, numbers, True, x, mask, da, 1, waiting - 1, lengths)
         else:
             gradients.add(h, numbers, False, x, mask, da, s, waiting, lengths)
-        if need_x and not joint and narrow is None:
+        if need_x and narrow is None:
             write_image_gradient(layer, weights.image_x, da, dx, x.stride(1), None, s, waiting, lengths)
 
     if narrow is not None:
@@ -161,11 +157,7 @@ def run_backward(
         launch(backward_step, grid, args, constants, tile.warps, tile.registers)
         dc_in = dc
         wanted = s > 0 or need_state
-        if joint and wanted:
-            write_image_gradient(layer, weights.image_both, da, dx, x.stride(1), None, s, 1, None, dh_before)
-        elif joint:
-            write_image_gradient(layer, weights.image_x, da, dx, x.stride(1), None, s, 1, None)
-        elif wanted and (apart or s == 0):
+        if wanted and (apart or s == 0):
             write_image_gradient(layer, weights.image_h, da, dh_before, 0, mask, s, 1, lengths)
         if apart:
             dh = dh_before

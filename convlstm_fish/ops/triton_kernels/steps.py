@@ -89,6 +89,41 @@ def store_gates(ptr, i, f, g, o, exists, C: tl.constexpr):
     tl.store(ptr + 3 * C, o.to(ptr.dtype.element_ty), mask=exists)
 
 
+@triton.jit
+def cell_gradients(
+    i, f, g, o, c_before, c, dh, dc, w_ci_ptr, w_cf_ptr, w_co_ptr, dpeephole_ptr, sums_at, ch, pixel, exists,
+    C: tl.constexpr, PEEPHOLE: tl.constexpr, ACT: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the gates before activation, and of the c before, from those of h and c; ``dpeephole`` grows."""
+    squashed = tanh(c, FAST)
+    da_o = dh * squashed * recurrent_slope(o, ACT)
+    dc += dh * o * (1.0 - squashed * squashed)
+    if PEEPHOLE > 0:
+        dc += load_peephole(w_co_ptr, ch, pixel, exists, C, PEEPHOLE) * da_o
+    da_i = dc * g * recurrent_slope(i, ACT)
+    da_f = dc * c_before * recurrent_slope(f, ACT)
+    da_g = dc * i * (1.0 - g * g)
+    dc = dc * f
+    if PEEPHOLE > 0:
+        dc += load_peephole(w_ci_ptr, ch, pixel, exists, C, PEEPHOLE) * da_i
+        dc += load_peephole(w_cf_ptr, ch, pixel, exists, C, PEEPHOLE) * da_f
+        sums = dpeephole_ptr + sums_at + pixel * (3 * C) + ch
+        add_to(sums, da_i * c_before, exists)
+        add_to(sums + C, da_f * c_before, exists)
+        add_to(sums + 2 * C, da_o * c, exists)
+    return da_i, da_f, da_g, da_o, dc
+
+
+@triton.jit
+def add_bias_sums(ptr, da_i, da_f, da_g, da_o, channel, exists, C: tl.constexpr):
+    """Adds a tile's gradients to its own sums, so that they are added in one order."""
+    ptr += channel
+    add_to(ptr, tl.sum(tl.where(exists, da_i, 0.0), axis=0), channel < C)
+    add_to(ptr + C, tl.sum(tl.where(exists, da_f, 0.0), axis=0), channel < C)
+    add_to(ptr + 2 * C, tl.sum(tl.where(exists, da_g, 0.0), axis=0), channel < C)
+    add_to(ptr + 3 * C, tl.sum(tl.where(exists, da_o, 0.0), axis=0), channel < C)
+
+
 @triton.jit(do_not_specialize=["s", "T", "items"])
 def forward_step(
     x_ptr, h_in_ptr, h_out_ptr, c_in_ptr, c_out_ptr, c_save_ptr, gates_ptr,
@@ -257,30 +292,13 @@ def backward_step(
                 z_i, z_f, z_g, z_o, c_before, w_ci_ptr, w_cf_ptr, w_co_ptr, ch, pixel, exists,
                 C, PEEPHOLE, HAS_STATE, ACT, FAST,
             )  # fmt: skip
-        squashed = tanh(c, FAST)
-
-        da_o = dh * squashed * recurrent_slope(o, ACT)
-        dc += dh * o * (1.0 - squashed * squashed)
-        if PEEPHOLE > 0:
-            dc += load_peephole(w_co_ptr, ch, pixel, exists, C, PEEPHOLE) * da_o
-        da_i = dc * g * recurrent_slope(i, ACT)
-        da_f = dc * c_before * recurrent_slope(f, ACT)
-        da_g = dc * i * (1.0 - g * g)
-        dc = dc * f
-        if PEEPHOLE > 0:
-            dc += load_peephole(w_ci_ptr, ch, pixel, exists, C, PEEPHOLE) * da_i
-            dc += load_peephole(w_cf_ptr, ch, pixel, exists, C, PEEPHOLE) * da_f
-            sums = dpeephole_ptr + n * state_n * 3 + pixel * (3 * C) + ch
-            add_to(sums, da_i * c_before, exists)
-            add_to(sums + C, da_f * c_before, exists)
-            add_to(sums + 2 * C, da_o * c, exists)
+        da_i, da_f, da_g, da_o, dc = cell_gradients(
+            i, f, g, o, c_before, c, dh, dc, w_ci_ptr, w_cf_ptr, w_co_ptr, dpeephole_ptr, n * state_n * 3,
+            ch, pixel, exists, C, PEEPHOLE, ACT, FAST,
+        )  # fmt: skip
         tl.store(dc_ptr + n * state_n + at, dc, mask=exists)
         da = da_ptr + n * da_n + slot.to(tl.int64) * da_t + pixel * (4 * C) + ch
         store_gates(da, da_i, da_f, da_g, da_o, exists, C)
-        if HAS_BIAS:  # each tile has its own sums, so that they are added in one order
+        if HAS_BIAS:
             channel = block * BC + tl.arange(0, BC)
-            sums_ptr = dbias_ptr + (n * tiles + tile) * (4 * C) + channel
-            add_to(sums_ptr, tl.sum(tl.where(exists, da_i, 0.0), axis=0), channel < C)
-            add_to(sums_ptr + C, tl.sum(tl.where(exists, da_f, 0.0), axis=0), channel < C)
-            add_to(sums_ptr + 2 * C, tl.sum(tl.where(exists, da_g, 0.0), axis=0), channel < C)
-            add_to(sums_ptr + 3 * C, tl.sum(tl.where(exists, da_o, 0.0), axis=0), channel < C)
+            add_bias_sums(dbias_ptr + (n * tiles + tile) * (4 * C), da_i, da_f, da_g, da_o, channel, exists, C)

@@ -106,24 +106,20 @@ class ImageWeight(NamedTuple):
 
 def write_image_gradient(
     layer: Layer, weight: ImageWeight, da: Tensor, out: Tensor, out_t: int, factor: Tensor | None, first: int,
-    steps: int, lengths: Tensor | None, rest: Tensor | None = None,
+    steps: int, lengths: Tensor | None,
 ) -> None:  # fmt: skip
-    """Writes the gradient of the images of steps first .. first + steps - 1 into ``out``.
-
-    With ``rest``, (N, H, W, C'), the last C' channels of a single step go there.
-    """
-    height, width, c_out = out.shape[-3:]
-    channels = c_out if rest is None else c_out + rest.shape[-1]
+    """Writes the gradient of the images of steps first .. first + steps - 1 into ``out``."""
+    height, width, channels = out.shape[-3:]
     tile = weight.tile if weight.tile.halo else _fill(layer, weight.tile, (height, width), channels, steps)
     tiles = tile_count((height, width), tile.pixels, tile.patch, tile.halo)
     grid = (tiles * triton.cdiv(channels, tile.channels), layer.clips, steps)
     args = (
-        da, weight.packed, factor, out, rest, lengths, first, layer.steps, da.shape[1], da.stride(0), da.stride(1),
-        out.stride(0), out_t, 0 if rest is None else rest.stride(0), 0 if factor is None else factor.stride(0),
+        da, weight.packed, factor, out, lengths, first, layer.steps, da.shape[1], da.stride(0), da.stride(1),
+        out.stride(0), out_t, 0 if factor is None else factor.stride(0),
     )  # fmt: skip
     constants = {
         "H": layer.size[0], "W": layer.size[1], "HI": height, "WI": width, "ldw": weight.packed.shape[1],
-        "C": channels, "C_OUT": c_out, "CP_GATES": round_channels(4 * layer.hidden), "GATES": 4 * layer.hidden,
+        "C": channels, "CP_GATES": round_channels(4 * layer.hidden), "GATES": 4 * layer.hidden,
         "KH": weight.kernel[0], "KW": weight.kernel[1], **weight.geometry, "HAS_FACTOR": factor is not None,
         "HAS_LENGTHS": lengths is not None, "REVERSE": layer.reverse, "PRECISION": layer.precision,
         "BM": tile.pixels, "BC": tile.channels, "BK": tile.rows_back, "TW": tile.patch, "HALO": tile.halo,

@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from convlstm_fish.ops.triton_kernels import convolved
+from convlstm_fish.ops.triton_kernels.convolved import Convolved
 from convlstm_fish.ops.triton_kernels.layer import Layer
 from convlstm_fish.ops.triton_kernels.passes import run_backward, run_forward
 from convlstm_fish.ops.triton_kernels.weights import CHUNK_BYTES, Gradients, Weights
 
-# Hidden states of so many bytes, or so many steps, are laid out one behind the other, to be read as one sequence.
+# Images of so many bytes, or so many steps, are laid out one behind the other, to be read as one sequence.
 _ROOM_BYTES = 128 << 20
 _ROOM_STEPS = 16
-
-
-def _gap(frames: tuple[Tensor, ...], after: tuple[Tensor, ...]) -> tuple[int, ...] | None:
-    """How many numbers each of some frames lies before another in the same memory; None where that is not so."""
-    if any(a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr() for a, b in zip(frames, after)):
-        return None
-    gaps = tuple(int(b.storage_offset()) - int(a.storage_offset()) for a, b in zip(frames, after))
-    return gaps if min(gaps) > 0 else None
-
-
-def _runs(frames: Sequence[tuple[Tensor, ...]]) -> Iterator[slice]:
-    """The frames in parts, within each of which they are equally far apart."""
-    gaps = [_gap(*pair) for pair in pairwise(frames)]
-    start = 0
-    for stop in range(1, len(frames) + 1):
-        if stop == len(frames) or gaps[stop - 1] is None or gaps[stop - 1] != gaps[start]:
-            yield slice(start, stop)
-            start = stop
 
 
 class DeferredGradients(Gradients):
@@ -45,18 +26,18 @@ class DeferredGradients(Gradients):
         super().__init__(layer, weights)
         self.steps, self.wanted = steps, wanted
         self.slots: Tensor | None = None
-        self.waiting: list[tuple[Tensor, Tensor]] = []
+        self.waiting: list[tuple[Tensor, ...]] = []
+        self.time = 1 if weights.convolved is None else 0  # the dimension of the slots that counts steps
 
     def room(self, layer: Layer, x: Tensor, steps: int) -> Tensor:
         """The next of the slots for a step's gradients of the gates."""
         if self.slots is None:
             one = 4 * layer.clips * layer.size[0] * layer.size[1] * layer.hidden * x.element_size()
             self.slots = super().room(layer, x, max(1, min(self.steps, CHUNK_BYTES // one)))
-        if len(self.waiting) == self.slots.shape[1]:
+        if len(self.waiting) == self.slots.shape[self.time]:
             self._take_up()
         # Filled from its end, for the last step comes first.
-        at = self.slots.shape[1] - len(self.waiting)
-        return self.slots[:, at - 1 : at]
+        return self.slots.narrow(self.time, self.slots.shape[self.time] - len(self.waiting) - 1, 1)
 
     def add(
         self, h: Tensor, h_t: int, with_h: bool, x: Tensor, mask: Tensor | None, da: Tensor, first: int, steps: int,
@@ -66,26 +47,32 @@ class DeferredGradients(Gradients):
         if self.wanted:
             self.waiting.append((h, x[:, 0]))
 
+    def add_convolved(self, images: Tensor, da: Tensor) -> None:
+        """The same with the image of one step."""
+        if self.wanted:
+            self.waiting.append((images[0],))
+
     def _take_up(self) -> None:
         frames = self.waiting[::-1]
         self.waiting.clear()
         if not frames:
             return
         assert self.slots is not None
-        da = self.slots[:, -len(frames) :]
-        if self.weights.steps is not None:  # those kernels read frames that begin where 16 bytes can be read at once
+        da = self.slots.narrow(self.time, self.slots.shape[self.time] - len(frames), len(frames))
+        if self.weights.convolved is None:
             h, x = (torch.stack(each, 1) for each in zip(*frames))
-            self._add(h, x, da)
+            steps = h.shape[1]
+            # The kernel looks for the h before step s one step before it: the second is where step 1 looks for it.
+            super().add(h[:, min(1, steps - 1)], h.stride(1) if steps > 1 else 0, True, x, None, da, 0, steps, None)
             return
-        for run in _runs(frames):
-            h, x = (_sequence(each) for each in zip(*frames[run]))
-            self._add(h, x, da[:, run])
-
-    def _add(self, h: Tensor, x: Tensor, da: Tensor) -> None:
-        steps = h.shape[1]
-        # The kernel looks for the h before step s one step before it: the second one is where step 1 looks for it.
-        base = h[:, min(1, steps - 1)]
-        super().add(base, h.stride(1) if steps > 1 else 0, True, x, None, da, 0, steps, None)
+        images = [image for (image,) in frames]
+        start = 0
+        for stop in range(1, len(images) + 1):
+            if stop == len(images) or not _follows(images[stop - 1], images[stop]):
+                first = images[start]
+                run = first.as_strided((stop - start, *first.shape), (first.numel(), *first.stride()))
+                super().add_convolved(run, da[start:stop])
+                start = stop
 
     def results(self) -> list[Tensor]:
         """See the base class."""
@@ -93,12 +80,10 @@ class DeferredGradients(Gradients):
         return super().results()
 
 
-def _sequence(frames: Sequence[Tensor]) -> Tensor:
-    """Frames (N, ...) that lie equally far apart in one memory as a view (N, T, ...) of it."""
-    first = frames[0]
-    gap = frames[1].storage_offset() - first.storage_offset() if len(frames) > 1 else first.numel()
-    strides = (first.stride(0), gap, *first.stride()[1:])
-    return first.as_strided((first.shape[0], len(frames), *first.shape[1:]), strides)
+def _follows(image: Tensor, after: Tensor) -> bool:
+    """Whether one image lies right behind another in the same memory."""
+    same = image.untyped_storage().data_ptr() == after.untyped_storage().data_ptr()
+    return same and int(image.storage_offset()) + image.numel() == int(after.storage_offset())
 
 
 class _Pass:
@@ -107,17 +92,45 @@ class _Pass:
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
         self.steps = 0
-        self.free: list[Tensor] = []  # frames of memory that no step has written yet
+        self.free: list[Tensor] = []  # images that no step has written yet
+        self.upcoming: Tensor | None = None  # the image that has the last step's h as its state
         self.task: int | None = None
         self.gradients: DeferredGradients | None = None
 
-    def new_h(self, layer: Layer, x: Tensor) -> Tensor:
-        """Memory (N, 1, H', W', C_h) for the state of a step, behind that of the step before where there is room."""
+    def _new_image(self, layer: Layer, x: Tensor) -> Tensor:
+        assert self.weights.convolved is not None
         if not self.free:
-            frame = (layer.clips, 1, *layer.size, layer.hidden)
-            count = max(1, _ROOM_BYTES // (math.prod(frame) * x.element_size()))
-            self.free = list(x.new_empty(min(count, _ROOM_STEPS), *frame))[::-1]
+            one = layer.clips * layer.size[0] * layer.size[1] * (layer.channels + layer.hidden) * x.element_size()
+            count = max(1, min(_ROOM_BYTES // one, _ROOM_STEPS))
+            self.free = list(self.weights.convolved.new_images(layer, x, count))[::-1]
         return self.free.pop()
+
+    def image(self, layer: Layer, x: Tensor, h_0: Tensor) -> Tensor:
+        """The image (N, H, W, C + C_h) of x (N, 1, H, W, C) and h_0, which the step before mostly wrote there."""
+        image, self.upcoming = self.upcoming, None
+        state = None if image is None else image[..., layer.channels :]
+        # What follows is written past autograd, which would take it for a change of other images in the same memory.
+        if (
+            image is None
+            or state is None
+            or state.data_ptr() != h_0.data_ptr()
+            or (state.shape, state.stride()) != (h_0.shape, h_0.stride())
+        ):
+            image = self._new_image(layer, x)
+            image.data[..., layer.channels :].copy_(h_0)
+        image.data[..., : layer.channels].copy_(x[:, 0])
+        return image
+
+    def convolve(
+        self, convolved: Convolved, layer: Layer, x: Tensor, h_0: Tensor, c_0: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """h and c after a step, its gates before activation and its image."""
+        image = self.image(layer, x, h_0)
+        z, c = convolved.new_gates(layer, x, 1), torch.empty_like(c_0)
+        self.upcoming = self._new_image(layer, x)
+        h = self.upcoming[..., layer.channels :]
+        convolved.step(image, z[0], c_0, c, None, None, h)
+        return h, c, z, image
 
     def under_way(self, layer: Layer, wanted: bool) -> DeferredGradients:
         """The sums of this backward pass. One that never asked for the weights' gradients left its own behind."""
@@ -163,11 +176,14 @@ class _Step(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """h_1 and c_1."""
         shared.steps += tracked
-        keep = tracked and layer.tiles.keep_gates
-        new = shared.new_h(layer, x) if tracked and shared.weights.steps is None else None
-        h, c, _, gates = run_forward(layer, shared.weights, x, h_0, c_0, None, None, True, keep, new)
         ctx.set_materialize_grads(False)
         ctx.shared, ctx.layer = shared, layer
+        if shared.weights.convolved is not None:
+            h, c, z, image = shared.convolve(shared.weights.convolved, layer, x, h_0, c_0)
+            ctx.save_for_backward(c_0, z, image)
+            return h, c
+        keep = tracked and layer.tiles.keep_gates
+        h, c, _, gates = run_forward(layer, shared.weights, x, h_0, c_0, None, None, True, keep)
         ctx.save_for_backward(x, h_0, c_0, gates)
         return h.squeeze(1), c
 
@@ -177,13 +193,19 @@ class _Step(torch.autograd.Function):
         """The gradients of x, h_0 and c_0; those of the weights wait."""
         if dh is None and dc is None:
             return (None,) * 7
-        x, h_0, c_0, gates = ctx.saved_tensors
+        layer, weights = ctx.layer, ctx.shared.weights
         need_x, need_state = ctx.needs_input_grad[4], any(ctx.needs_input_grad[5:])
-        gradients = ctx.shared.under_way(ctx.layer, ctx.needs_input_grad[3])
-        dx, dh_0, dc_0 = run_backward(
-            ctx.layer, ctx.shared.weights, gradients, None, dh, dc, h_0, c_0, gates, x, h_0, c_0, None, None,
-            need_x, need_state,
-        )  # fmt: skip
+        gradients = ctx.shared.under_way(layer, ctx.needs_input_grad[3])
+        if weights.convolved is not None:
+            c_0, z, image = ctx.saved_tensors
+            dx, dh_0, dc_0 = convolved.run_backward(
+                layer, weights.convolved, gradients, 1, None, dh, dc, None, z, image[None], c_0, need_x, need_state
+            )
+        else:
+            x, h_0, c_0, gates = ctx.saved_tensors
+            dx, dh_0, dc_0 = run_backward(
+                layer, weights, gradients, None, dh, dc, h_0, c_0, gates, x, h_0, c_0, None, None, need_x, need_state
+            )
         state = (dh_0, dc_0) if need_state else (None, None)
         return (None, None, None, None, dx if need_x else None, *state)
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from convlstm_fish.ops.hopper_kernels.parameters import Parameters
 from convlstm_fish.ops.hopper_kernels.plan import Shape, covers
 from convlstm_fish.ops.hopper_kernels.steps import Steps, Sums
+from convlstm_fish.ops.triton_kernels import convolved
+from convlstm_fish.ops.triton_kernels.convolved import Convolved, ConvolvedSums
 from convlstm_fish.ops.triton_kernels.layer import Layer, can_shift, multiprocessors, pack, peephole_kind
 from convlstm_fish.ops.triton_kernels.sums import ImageWeight, WeightSums
 from convlstm_fish.ops.triton_kernels.tuning import Tile, choose_image
@@ -31,6 +33,7 @@ class Weights:
 
     Attributes:
         steps: the Hopper kernels' steps, None where those do not cover the layer.
+        convolved: a wide layer's steps, None where those do not cover it.
     """
 
     def __init__(
@@ -41,6 +44,9 @@ class Weights:
         self.peephole = peephole
         self.peephole_kind = peephole_kind(peephole[0])
         self.steps = self._hopper_steps() if plain and not self.peephole_kind else None
+        self.convolved: Convolved | None = None
+        if plain and convolved.covers(layer):
+            self.convolved = Convolved(layer, weight_ih, weight_hh, bias, peephole)
 
     def _hopper_steps(self) -> Steps | None:
         layer = self.layer
@@ -86,11 +92,6 @@ class Weights:
         """W_hh for the gradient of h_0."""
         return self._image(self.weight_hh, None, self.layer.recurrence())
 
-    @cached_property
-    def image_both(self) -> ImageWeight:
-        """The two side by side, for a layer whose convolutions are alike."""
-        return self._image(torch.cat([self.weight_ih, self.weight_hh], 1), None, self.layer.recurrence())
-
     def _image(self, weight: Tensor, tile: Tile | None, geometry: dict[str, int]) -> ImageWeight:
         layer = self.layer
         tile = tile or choose_image(weight.shape[1], layer.hidden, layer.dtype)
@@ -113,11 +114,18 @@ class Gradients:
         self.weights = weights
         self.dbias = self.dpeephole = None
         if weights.bias is not None:
-            rows = layer.clips * layer.tiles_per_image if weights.steps is None else weights.steps.bias_rows
+            if weights.steps is not None:
+                rows = weights.steps.bias_rows
+            else:
+                tiles = layer.tiles_per_image if weights.convolved is None else weights.convolved.tiles
+                rows = layer.clips * tiles
             self.dbias = torch.zeros(rows, 4 * layer.hidden, device=layer.device)
         if weights.peephole_kind:
             self.dpeephole = torch.zeros(layer.clips, *layer.size, 3, layer.hidden, device=layer.device)
-        self.sums: list[WeightSums] | list[Sums]
+        self.sums: list[WeightSums] | list[Sums] | list[ConvolvedSums]
+        if weights.convolved is not None:
+            self.sums = [ConvolvedSums(weights.convolved)]
+            return
         if weights.steps is not None:
             self.sums = [
                 weights.steps.sums(weights.weight_hh, weights.weight_ih, layer.clips, layer.steps, layer.reverse)
@@ -128,7 +136,9 @@ class Gradients:
         self.sums = [WeightSums(layer, *pair) for pair in pairs]
 
     def room(self, layer: Layer, x: Tensor, steps: int) -> Tensor:
-        """Memory for the gates' gradients of so many steps."""
+        """Memory for the gates' gradients of so many steps, (N, steps, ...) or of a convolved layer (steps, N, ...)."""
+        if self.weights.convolved is not None:
+            return self.weights.convolved.new_gates(layer, x, steps)
         if self.weights.steps is not None:
             return self.weights.steps.new_da(x, layer.clips, steps)
         return x.new_empty(layer.clips, steps, *layer.size, 4 * layer.hidden)
@@ -139,7 +149,14 @@ class Gradients:
     ) -> None:  # fmt: skip
         """Adds the weights' gradients of some steps; see :meth:`WeightSums.add`."""
         for each in self.sums:
+            assert not isinstance(each, ConvolvedSums)
             each.add(h, h_t, with_h, x, mask, da, first, steps, lengths)
+
+    def add_convolved(self, images: Tensor, da: Tensor) -> None:
+        """The same of a convolved layer; see :meth:`ConvolvedSums.add`."""
+        for each in self.sums:
+            assert isinstance(each, ConvolvedSums)
+            each.add(images, da)
 
     def results(self) -> list[Tensor]:
         """The gradients of W_ih and W_hh, then of the bias and of the three peepholes, if any."""

@@ -1,0 +1,109 @@
+# mypy: allow-untyped-defs
+"""What a step does besides its convolutions, in one launch: forward, and backward."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from convlstm_fish.ops.triton_kernels.common import tanh
+from convlstm_fish.ops.triton_kernels.steps import add_bias_sums, cell_gradients, cell_update, store_gates
+
+
+@triton.jit
+def block_of(PIXELS: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
+    """Tile, clip, and this program's pixels and channels, with whether they exist."""
+    blocks: tl.constexpr = (C + BC - 1) // BC
+    tile = tl.program_id(0) // blocks
+    pixel = (tile * BM + tl.arange(0, BM))[:, None]
+    channel = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
+    ch = channel[None, :]
+    return tile, tl.program_id(1).to(tl.int64), pixel, channel, ch, (pixel < PIXELS) & (ch < C)
+
+
+@triton.jit
+def load_gates(ptr, bias_ptr, pixel, ch, exists, C: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """The four gates before their activation: the convolutions' sum, and the bias."""
+    at = ptr + pixel * (4 * C) + ch
+    z_i = tl.load(at, mask=exists, other=0.0).to(tl.float32)
+    z_f = tl.load(at + C, mask=exists, other=0.0).to(tl.float32)
+    z_g = tl.load(at + 2 * C, mask=exists, other=0.0).to(tl.float32)
+    z_o = tl.load(at + 3 * C, mask=exists, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        z_i += tl.load(bias_ptr + ch, mask=ch < C, other=0.0)
+        z_f += tl.load(bias_ptr + C + ch, mask=ch < C, other=0.0)
+        z_g += tl.load(bias_ptr + 2 * C + ch, mask=ch < C, other=0.0)
+        z_o += tl.load(bias_ptr + 3 * C + ch, mask=ch < C, other=0.0)
+    return z_i, z_f, z_g, z_o
+
+
+@triton.jit
+def update_state(
+    z_ptr, bias_ptr, c_in_ptr, c_out_ptr, c_save_ptr, h_out_ptr, h_next_ptr, w_ci_ptr, w_cf_ptr, w_co_ptr,
+    z_n, state_n, c_save_n, h_out_n, h_next_n,
+    PIXELS: tl.constexpr, C: tl.constexpr, NEXT: tl.constexpr, ACT: tl.constexpr, FAST: tl.constexpr,
+    PEEPHOLE: tl.constexpr, HAS_STATE: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE_C: tl.constexpr,
+    HAS_OUT: tl.constexpr, HAS_NEXT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """h_t and c_t from the convolutions' sum and c_{t-1}.
+
+    Grid: (tiles * channel blocks, clips). h goes to ``h_out``, or to ``h_next``, whose pixels lie NEXT numbers apart,
+    or to both.
+    """
+    _, n, pixel, _, ch, exists = block_of(PIXELS, C, BM, BC)
+    at = pixel * C + ch
+    c = tl.zeros((BM, BC), dtype=tl.float32)
+    if HAS_STATE:
+        c = tl.load(c_in_ptr + n * state_n + at, mask=exists, other=0.0)
+    z_i, z_f, z_g, z_o = load_gates(z_ptr + n * z_n, bias_ptr, pixel, ch, exists, C, HAS_BIAS)
+    _, _, _, o, c = cell_update(
+        z_i, z_f, z_g, z_o, c, w_ci_ptr, w_cf_ptr, w_co_ptr, ch, pixel, exists, C, PEEPHOLE, HAS_STATE, ACT, FAST
+    )
+    tl.store(c_out_ptr + n * state_n + at, c, mask=exists)
+    if SAVE_C:
+        tl.store(c_save_ptr + n * c_save_n + at, c.to(c_save_ptr.dtype.element_ty), mask=exists)
+    h = o * tanh(c, FAST)
+    if HAS_OUT:
+        tl.store(h_out_ptr + n * h_out_n + at, h.to(h_out_ptr.dtype.element_ty), mask=exists)
+    if HAS_NEXT:
+        tl.store(h_next_ptr + n * h_next_n + pixel * NEXT + ch, h.to(h_next_ptr.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def update_gradients(
+    z_ptr, bias_ptr, c_in_ptr, dout_ptr, dh_ptr, dc_in_ptr, dc_ptr, da_ptr, dpeephole_ptr, dbias_ptr,
+    w_ci_ptr, w_cf_ptr, w_co_ptr, z_n, c_in_n, dout_n, dh_n, state_n,
+    tiles: tl.constexpr, PIXELS: tl.constexpr, C: tl.constexpr, DH: tl.constexpr, ACT: tl.constexpr,
+    FAST: tl.constexpr, PEEPHOLE: tl.constexpr, HAS_STATE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_DOUT: tl.constexpr, HAS_DH: tl.constexpr, HAS_DC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the gates before activation, and of c_{t-1}, from those of h_t (two terms) and c_t.
+
+    Grid: (tiles * channel blocks, clips). The pixels of ``dh`` lie DH numbers apart.
+    """
+    tile, n, pixel, channel, ch, exists = block_of(PIXELS, C, BM, BC)
+    at = pixel * C + ch
+    dh = tl.zeros((BM, BC), dtype=tl.float32)
+    if HAS_DH:
+        dh += tl.load(dh_ptr + n * dh_n + pixel * DH + ch, mask=exists, other=0.0)
+    if HAS_DOUT:
+        dh += tl.load(dout_ptr + n * dout_n + at, mask=exists, other=0.0)
+    dc = tl.zeros((BM, BC), dtype=tl.float32)
+    if HAS_DC:
+        dc = tl.load(dc_in_ptr + n * state_n + at, mask=exists, other=0.0)
+    c_before = tl.zeros((BM, BC), dtype=tl.float32)
+    if HAS_STATE:
+        c_before = tl.load(c_in_ptr + n * c_in_n + at, mask=exists, other=0.0).to(tl.float32)
+    z_i, z_f, z_g, z_o = load_gates(z_ptr + n * z_n, bias_ptr, pixel, ch, exists, C, HAS_BIAS)
+    i, f, g, o, c = cell_update(
+        z_i, z_f, z_g, z_o, c_before, w_ci_ptr, w_cf_ptr, w_co_ptr, ch, pixel, exists, C, PEEPHOLE, HAS_STATE, ACT,
+        FAST,
+    )  # fmt: skip
+    da_i, da_f, da_g, da_o, dc = cell_gradients(
+        i, f, g, o, c_before, c, dh, dc, w_ci_ptr, w_cf_ptr, w_co_ptr, dpeephole_ptr, n * state_n * 3,
+        ch, pixel, exists, C, PEEPHOLE, ACT, FAST,
+    )  # fmt: skip
+    tl.store(dc_ptr + n * state_n + at, dc, mask=exists)
+    store_gates(da_ptr + n * (4 * state_n) + pixel * (4 * C) + ch, da_i, da_f, da_g, da_o, exists, C)
+    if HAS_BIAS:
+        add_bias_sums(dbias_ptr + (n * tiles + tile) * (4 * C), da_i, da_f, da_g, da_o, channel, exists, C)
