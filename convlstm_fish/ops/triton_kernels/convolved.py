@@ -16,11 +16,12 @@ from torch import Tensor
 
 from convlstm_fish.ops.triton_kernels.launch import launch
 from convlstm_fish.ops.triton_kernels.layer import Layer, peephole_kind
-from convlstm_fish.ops.triton_kernels.pointwise import update_gradients, update_state
+from convlstm_fish.ops.triton_kernels.pointwise import copy_pixels, update_gradients, update_state
 
-# Pixels, channels and warps of a program.
+# Pixels at a time, channels and warps of a program; backward, how many times.
 _FORWARD = (32, 64, 4)
-_BACKWARD = (32, 64, 4)
+_BACKWARD = (32, 32, 4)
+_ROUNDS = 4
 
 
 def covers(layer: Layer) -> bool:
@@ -46,6 +47,23 @@ def _evenly(image: Tensor) -> Tensor:
     return image if even else image.contiguous()
 
 
+def copy_into(target: Tensor, source: Tensor) -> None:
+    """Copies (N, H, W, C), past autograd, which would take it for a change of what else lies in the target's memory."""
+    even = all(t.stride(3) == 1 and t.stride(1) == t.shape[2] * t.stride(2) for t in (target, source))
+    if target.dtype != source.dtype or not even:
+        target.data.copy_(source)
+        return
+    clips, height, width, channels = target.shape
+    columns = triton.next_power_of_2(channels)
+    rows = max(1, 4096 // columns)
+    constants: dict[str, Any] = {
+        "FROM": source.stride(2), "TO": target.stride(2), "PIXELS": height * width, "C": channels, "BM": rows,
+        "BC": columns,
+    }  # fmt: skip
+    args = (source, target, source.stride(0), target.stride(0))
+    launch(copy_pixels, (triton.cdiv(height * width, rows), clips), args, constants, 4)
+
+
 class Convolved:
     """The steps of a layer, its weights laid side by side; images are (N, H, W, C + C_h), channels last."""
 
@@ -58,8 +76,7 @@ class Convolved:
         self.bias = None if bias is None else bias.detach().float().contiguous()
         self.peephole = peephole
         self.padding = [k // 2 for k in layer.kernel]
-        tiles = triton.cdiv(layer.size[0] * layer.size[1], _BACKWARD[0])
-        self.tiles = tiles
+        self.parts = triton.cdiv(layer.size[0] * layer.size[1], _BACKWARD[0] * _ROUNDS)
         self.constants: dict[str, Any] = {
             "PIXELS": layer.size[0] * layer.size[1], "C": layer.hidden, "ACT": layer.activation, "FAST": layer.fast,
             "PEEPHOLE": peephole_kind(peephole[0]), "HAS_BIAS": bias is not None,
@@ -99,7 +116,9 @@ class Convolved:
             z, self.bias, c_in, c_out, c_save, h_out, h_next, *self.peephole, z.stride(0), c_out.stride(0),
             *(0 if t is None else t.stride(0) for t in (c_save, h_out, h_next)),
         )  # fmt: skip
-        launch(update_state, self._grid(c_out, pixels, channels), args, constants, warps)
+        clips, height, width, hidden = c_out.shape
+        grid = (triton.cdiv(height * width, pixels) * triton.cdiv(hidden, channels), clips)
+        launch(update_state, grid, args, constants, warps)
 
     def back(
         self, z: Tensor, c_in: Tensor | None, dout: Tensor | None, dh: Tensor | None, dc_in: Tensor | None, dc: Tensor,
@@ -108,20 +127,16 @@ class Convolved:
         """Writes da, (N, H, W, 4 * C_h), and the gradient of c_in, and adds to those of the peepholes and the bias."""
         pixels, channels, warps = _BACKWARD
         constants = self.constants | {
-            "tiles": self.tiles, "DH": 0 if dh is None else dh.stride(2), "HAS_STATE": c_in is not None,
+            "parts": self.parts, "DH": 0 if dh is None else dh.stride(2), "HAS_STATE": c_in is not None,
             "HAS_DOUT": dout is not None, "HAS_DH": dh is not None, "HAS_DC": dc_in is not None,
-            "BM": pixels, "BC": channels,
+            "BM": pixels, "BC": channels, "ROUNDS": _ROUNDS,
         }  # fmt: skip
         args = (
             z, self.bias, c_in, dout, dh, dc_in, dc, da, dpeephole, dbias, *self.peephole, z.stride(0),
             *(0 if t is None else t.stride(0) for t in (c_in, dout, dh)), dc.stride(0),
         )  # fmt: skip
-        launch(update_gradients, self._grid(dc, pixels, channels), args, constants, warps)
-
-    @staticmethod
-    def _grid(state: Tensor, pixels: int, channels: int) -> tuple[int, int]:
-        clips, height, width, hidden = state.shape
-        return triton.cdiv(height * width, pixels) * triton.cdiv(hidden, channels), clips
+        grid = (self.parts * triton.cdiv(dc.shape[-1], channels), dc.shape[0])
+        launch(update_gradients, grid, args, constants, warps)
 
     def _backward(self, da: Tensor, images: Tensor, of_images: bool) -> Tensor:
         found = torch.ops.aten.convolution_backward(
@@ -178,23 +193,23 @@ def run_forward(
     kept = steps if keep_c else 1
     images, z = convolved.new_images(layer, x, kept), convolved.new_gates(layer, x, kept)
     if keep_c:
-        images[..., :channels].copy_(x.transpose(0, 1))
+        for t, frame in enumerate(x.unbind(1)):
+            copy_into(images[t, ..., :channels], frame)
     c_in = c_0
     for s in range(steps):
         t, after = (steps - 1 - s, steps - 2 - s) if layer.reverse else (s, s + 1)
         last = s + 1 == steps
         image = images[t % kept]
         if not keep_c:
-            image[..., :channels].copy_(x[:, t])
+            copy_into(image[..., :channels], x[:, t])
         if s == 0:
             state = image[..., channels:]
-            state.zero_() if h_0 is None else state.copy_(h_0)
+            state.zero_() if h_0 is None else copy_into(state, h_0)
         h_next = None if last else images[after % kept, ..., channels:]
         h_out = h[:, t] if keep_h else h[:, s % 2] if last else None
         convolved.step(image, z[t % kept], c_in, c, cells[:, t] if keep_c else None, h_out, h_next)
         c_in = c
-    empty = x.new_empty(0)
-    return (h, c, cells, z, images) if keep_c else (h, c, cells, empty, empty)
+    return (h, c, cells, z, images) if keep_c else (h, c, cells, x.new_empty(0), x.new_empty(0))
 
 
 def run_backward(
@@ -211,8 +226,7 @@ def run_backward(
     dout, dc_in = (None if t is None else t.contiguous() for t in (dout, dc_n))
     dh = None if dh_n is None else _evenly(dh_n)
     dc = torch.empty((layer.clips, *layer.size, layer.hidden), dtype=torch.float32, device=z.device)
-    empty = z.new_empty(0)
-    dx = z.new_empty(layer.clips, steps, *layer.size, channels) if need_x and steps > 1 else empty
+    dx = z.new_empty((layer.clips, steps, *layer.size, channels) if need_x and steps > 1 else (0,))
     waiting = 0
     for s in reversed(range(steps)):
         t, before = (steps - 1 - s, steps - s) if layer.reverse else (s, s - 1)
@@ -230,7 +244,7 @@ def run_backward(
             both = convolved.image_gradient(da[slot], images[t])
             dh = both[..., channels:]
             if need_x and steps > 1:
-                dx[:, t].copy_(both[..., :channels])
+                copy_into(dx[:, t], both[..., :channels])
             elif need_x:
                 dx = both[..., :channels].unsqueeze(1)
         waiting += 1
@@ -238,4 +252,4 @@ def run_backward(
             first = t + 1 - waiting if layer.reverse else t
             gradients.add_convolved(images[first : first + waiting], da)
             waiting = 0
-    return (dx, dh, dc) if need_state and dh is not None else (dx, empty, dc.new_empty(0))
+    return (dx, dh, dc) if need_state and dh is not None else (dx, z.new_empty(0), dc.new_empty(0))

@@ -11,17 +11,6 @@ from convlstm_fish.ops.triton_kernels.steps import add_bias_sums, cell_gradients
 
 
 @triton.jit
-def block_of(PIXELS: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
-    """Tile, clip, and this program's pixels and channels, with whether they exist."""
-    blocks: tl.constexpr = (C + BC - 1) // BC
-    tile = tl.program_id(0) // blocks
-    pixel = (tile * BM + tl.arange(0, BM))[:, None]
-    channel = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
-    ch = channel[None, :]
-    return tile, tl.program_id(1).to(tl.int64), pixel, channel, ch, (pixel < PIXELS) & (ch < C)
-
-
-@triton.jit
 def load_gates(ptr, bias_ptr, pixel, ch, exists, C: tl.constexpr, HAS_BIAS: tl.constexpr):
     """The four gates before their activation: the convolutions' sum, and the bias."""
     at = ptr + pixel * (4 * C) + ch
@@ -50,7 +39,11 @@ def update_state(
     Grid: (tiles * channel blocks, clips). h goes to ``h_out``, or to ``h_next``, whose pixels lie NEXT numbers apart,
     or to both.
     """
-    _, n, pixel, _, ch, exists = block_of(PIXELS, C, BM, BC)
+    blocks: tl.constexpr = (C + BC - 1) // BC
+    n = tl.program_id(1).to(tl.int64)
+    pixel = (tl.program_id(0) // blocks * BM + tl.arange(0, BM))[:, None]
+    ch = (tl.program_id(0) % blocks * BC + tl.arange(0, BC))[None, :]
+    exists = (pixel < PIXELS) & (ch < C)
     at = pixel * C + ch
     c = tl.zeros((BM, BC), dtype=tl.float32)
     if HAS_STATE:
@@ -73,37 +66,68 @@ def update_state(
 def update_gradients(
     z_ptr, bias_ptr, c_in_ptr, dout_ptr, dh_ptr, dc_in_ptr, dc_ptr, da_ptr, dpeephole_ptr, dbias_ptr,
     w_ci_ptr, w_cf_ptr, w_co_ptr, z_n, c_in_n, dout_n, dh_n, state_n,
-    tiles: tl.constexpr, PIXELS: tl.constexpr, C: tl.constexpr, DH: tl.constexpr, ACT: tl.constexpr,
+    parts: tl.constexpr, PIXELS: tl.constexpr, C: tl.constexpr, DH: tl.constexpr, ACT: tl.constexpr,
     FAST: tl.constexpr, PEEPHOLE: tl.constexpr, HAS_STATE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_DOUT: tl.constexpr, HAS_DH: tl.constexpr, HAS_DC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the gates before activation, and of c_{t-1}, from those of h_t (two terms) and c_t.
 
-    Grid: (tiles * channel blocks, clips). The pixels of ``dh`` lie DH numbers apart.
+    Grid: (parts * channel blocks, clips). The pixels of ``dh`` lie DH numbers apart. A part is ROUNDS tiles, whose
+    numbers a thread adds up for the bias before threads add theirs.
     """
-    tile, n, pixel, channel, ch, exists = block_of(PIXELS, C, BM, BC)
-    at = pixel * C + ch
-    dh = tl.zeros((BM, BC), dtype=tl.float32)
-    if HAS_DH:
-        dh += tl.load(dh_ptr + n * dh_n + pixel * DH + ch, mask=exists, other=0.0)
-    if HAS_DOUT:
-        dh += tl.load(dout_ptr + n * dout_n + at, mask=exists, other=0.0)
-    dc = tl.zeros((BM, BC), dtype=tl.float32)
-    if HAS_DC:
-        dc = tl.load(dc_in_ptr + n * state_n + at, mask=exists, other=0.0)
-    c_before = tl.zeros((BM, BC), dtype=tl.float32)
-    if HAS_STATE:
-        c_before = tl.load(c_in_ptr + n * c_in_n + at, mask=exists, other=0.0).to(tl.float32)
-    z_i, z_f, z_g, z_o = load_gates(z_ptr + n * z_n, bias_ptr, pixel, ch, exists, C, HAS_BIAS)
-    i, f, g, o, c = cell_update(
-        z_i, z_f, z_g, z_o, c_before, w_ci_ptr, w_cf_ptr, w_co_ptr, ch, pixel, exists, C, PEEPHOLE, HAS_STATE, ACT,
-        FAST,
-    )  # fmt: skip
-    da_i, da_f, da_g, da_o, dc = cell_gradients(
-        i, f, g, o, c_before, c, dh, dc, w_ci_ptr, w_cf_ptr, w_co_ptr, dpeephole_ptr, n * state_n * 3,
-        ch, pixel, exists, C, PEEPHOLE, ACT, FAST,
-    )  # fmt: skip
-    tl.store(dc_ptr + n * state_n + at, dc, mask=exists)
-    store_gates(da_ptr + n * (4 * state_n) + pixel * (4 * C) + ch, da_i, da_f, da_g, da_o, exists, C)
+    blocks: tl.constexpr = (C + BC - 1) // BC
+    part = tl.program_id(0) // blocks
+    n = tl.program_id(1).to(tl.int64)
+    channel = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
+    ch = channel[None, :]
+    b_i = tl.zeros((BM, BC), dtype=tl.float32)
+    b_f = tl.zeros((BM, BC), dtype=tl.float32)
+    b_g = tl.zeros((BM, BC), dtype=tl.float32)
+    b_o = tl.zeros((BM, BC), dtype=tl.float32)
+    for k in tl.range(0, ROUNDS, num_stages=1):
+        pixel = ((part * ROUNDS + k) * BM + tl.arange(0, BM))[:, None]
+        exists = (pixel < PIXELS) & (ch < C)
+        at = pixel * C + ch
+        dh = tl.zeros((BM, BC), dtype=tl.float32)
+        if HAS_DH:
+            dh += tl.load(dh_ptr + n * dh_n + pixel * DH + ch, mask=exists, other=0.0)
+        if HAS_DOUT:
+            dh += tl.load(dout_ptr + n * dout_n + at, mask=exists, other=0.0)
+        dc = tl.zeros((BM, BC), dtype=tl.float32)
+        if HAS_DC:
+            dc = tl.load(dc_in_ptr + n * state_n + at, mask=exists, other=0.0)
+        c_before = tl.zeros((BM, BC), dtype=tl.float32)
+        if HAS_STATE:
+            c_before = tl.load(c_in_ptr + n * c_in_n + at, mask=exists, other=0.0).to(tl.float32)
+        z_i, z_f, z_g, z_o = load_gates(z_ptr + n * z_n, bias_ptr, pixel, ch, exists, C, HAS_BIAS)
+        i, f, g, o, c = cell_update(
+            z_i, z_f, z_g, z_o, c_before, w_ci_ptr, w_cf_ptr, w_co_ptr, ch, pixel, exists, C, PEEPHOLE, HAS_STATE, ACT,
+            FAST,
+        )  # fmt: skip
+        da_i, da_f, da_g, da_o, dc = cell_gradients(
+            i, f, g, o, c_before, c, dh, dc, w_ci_ptr, w_cf_ptr, w_co_ptr, dpeephole_ptr, n * state_n * 3,
+            ch, pixel, exists, C, PEEPHOLE, ACT, FAST,
+        )  # fmt: skip
+        tl.store(dc_ptr + n * state_n + at, dc, mask=exists)
+        store_gates(da_ptr + n * (4 * state_n) + pixel * (4 * C) + ch, da_i, da_f, da_g, da_o, exists, C)
+        if HAS_BIAS:
+            b_i += tl.where(exists, da_i, 0.0)
+            b_f += tl.where(exists, da_f, 0.0)
+            b_g += tl.where(exists, da_g, 0.0)
+            b_o += tl.where(exists, da_o, 0.0)
     if HAS_BIAS:
-        add_bias_sums(dbias_ptr + (n * tiles + tile) * (4 * C), da_i, da_f, da_g, da_o, channel, exists, C)
+        sums = dbias_ptr + (n * parts + part) * (4 * C)
+        add_bias_sums(sums, b_i, b_f, b_g, b_o, channel, channel[None, :] < C, C)
+
+
+@triton.jit
+def copy_pixels(source_ptr, target_ptr, source_n, target_n, FROM: tl.constexpr, TO: tl.constexpr,
+                PIXELS: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    """The C channels of pixels that lie FROM numbers apart to where they lie TO apart. Grid: (tiles, clips)."""
+    n = tl.program_id(1).to(tl.int64)
+    pixel = (tl.program_id(0) * BM + tl.arange(0, BM))[:, None]
+    ch = tl.arange(0, BC)[None, :]
+    exists = (pixel < PIXELS) & (ch < C)
+    value = tl.load(source_ptr + n * source_n + pixel * FROM + ch, mask=exists)
+    tl.store(target_ptr + n * target_n + pixel * TO + ch, value, mask=exists)

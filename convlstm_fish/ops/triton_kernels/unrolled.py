@@ -109,7 +109,6 @@ class _Pass:
         """The image (N, H, W, C + C_h) of x (N, 1, H, W, C) and h_0, which the step before mostly wrote there."""
         image, self.upcoming = self.upcoming, None
         state = None if image is None else image[..., layer.channels :]
-        # What follows is written past autograd, which would take it for a change of other images in the same memory.
         if (
             image is None
             or state is None
@@ -117,19 +116,19 @@ class _Pass:
             or (state.shape, state.stride()) != (h_0.shape, h_0.stride())
         ):
             image = self._new_image(layer, x)
-            image.data[..., layer.channels :].copy_(h_0)
-        image.data[..., : layer.channels].copy_(x[:, 0])
+            convolved.copy_into(image[..., layer.channels :], h_0)
+        convolved.copy_into(image[..., : layer.channels], x[:, 0])
         return image
 
     def convolve(
-        self, convolved: Convolved, layer: Layer, x: Tensor, h_0: Tensor, c_0: Tensor
+        self, steps: Convolved, layer: Layer, x: Tensor, h_0: Tensor, c_0: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """h and c after a step, its gates before activation and its image."""
         image = self.image(layer, x, h_0)
-        z, c = convolved.new_gates(layer, x, 1), torch.empty_like(c_0)
+        z, c = steps.new_gates(layer, x, 1), torch.empty_like(c_0)
         self.upcoming = self._new_image(layer, x)
         h = self.upcoming[..., layer.channels :]
-        convolved.step(image, z[0], c_0, c, None, None, h)
+        steps.step(image, z[0], c_0, c, None, None, h)
         return h, c, z, image
 
     def under_way(self, layer: Layer, wanted: bool) -> DeferredGradients:

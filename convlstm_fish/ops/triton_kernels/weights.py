@@ -117,7 +117,7 @@ class Gradients:
             if weights.steps is not None:
                 rows = weights.steps.bias_rows
             else:
-                tiles = layer.tiles_per_image if weights.convolved is None else weights.convolved.tiles
+                tiles = layer.tiles_per_image if weights.convolved is None else weights.convolved.parts
                 rows = layer.clips * tiles
             self.dbias = torch.zeros(rows, 4 * layer.hidden, device=layer.device)
         if weights.peephole_kind:
