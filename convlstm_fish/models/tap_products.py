@@ -26,7 +26,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, taps: Tensor) -> Tensor:
         ctx.kernel = rows, columns = taps.shape[3:5]
         padded = F.pad(taps, (0, 0, 0, 0, 0, 0, *(columns // 2,) * 2, *(rows // 2,) * 2))
-        return _windows(padded, ctx.kernel, padded.stride()[3:5]).sum((3, 4))
+        return _windows(padded, ctx.kernel, (padded.stride(3), padded.stride(4))).sum((3, 4))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -65,9 +65,12 @@ def convolve_frames(frames: Sequence[Tensor], weight: Tensor, bias: Tensor | Non
     """
     outputs, channels, rows, columns = weight.shape
     matrix = weight.permute(1, 2, 3, 0).reshape(channels, -1)
-    taps = torch.stack([frame.permute(0, 2, 3, 1) @ matrix for frame in frames], 1)
-    n, steps, height, width = taps.shape[:4]
-    found: Tensor = _Gather.apply(taps.view(n * steps, height, width, rows, columns, outputs))
+    count = matrix.shape[1]
+    matrix = F.pad(matrix, (0, -count % 8))  # rows of 16 bytes, without which the product is slow
+    products = torch.stack([frame.permute(0, 2, 3, 1) @ matrix for frame in frames], 1)
+    n, steps, height, width = products.shape[:4]
+    taps = products.flatten(0, 1)[..., :count].unflatten(-1, (rows, columns, outputs))
+    found: Tensor = _Gather.apply(taps)
     if bias is not None:
         found = found + bias
     return found.view(n, steps, height, width, outputs).permute(0, 1, 4, 2, 3)

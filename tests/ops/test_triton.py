@@ -111,6 +111,18 @@ OTHER_TILES = Tile(32, 16, 16, 16, 32, 0, 4, 1, held=2), Tile(32, 16, 16, 16, 32
 
 
 @interpreted
+@pytest.mark.parametrize("steps", [1, 2])
+def test_convolved_layer_whose_input_needs_no_gradient(steps: int, poisoned: None) -> None:
+    a = {k: v.float() for k, v in make(Case(1, steps, 16, 5, 4, 64))["arguments"].items()}
+    weight = a["weight_hh" if steps > 1 else "weight_ih"].requires_grad_()
+    found, truth = (
+        torch.autograd.grad(conv_lstm(a["x"], None, a["weight_ih"], a["weight_hh"], backend=backend)[0].sum(), weight)
+        for backend in ("triton", "reference")
+    )
+    assert relative_error(found[0], truth[0].double()) < TOLERANCE["float32"]
+
+
+@interpreted
 def test_interpreter_with_tiles_of_the_16_bit_kernels(
     poisoned: None, precision: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

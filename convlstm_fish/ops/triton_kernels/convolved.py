@@ -8,6 +8,7 @@ writes the new state straight into the image of the next step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from convlstm_fish.ops.triton_kernels.pointwise import copy_pixels, update_gradi
 
 # Pixels at a time, channels and warps of a program; backward, how many times.
 _FORWARD = (32, 64, 4)
-_BACKWARD = (32, 32, 4)
-_ROUNDS = 4
+_BACKWARD = (16, 64, 4)
+_ROUNDS = 8
 
 
 def covers(layer: Layer) -> bool:
@@ -82,6 +83,14 @@ class Convolved:
             "PEEPHOLE": peephole_kind(peephole[0]), "HAS_BIAS": bias is not None,
         }  # fmt: skip
 
+    @cached_property
+    def _weight_x(self) -> Tensor:
+        return self.weight_ih.detach().to(self.weight.dtype, memory_format=torch.channels_last)
+
+    def _weight(self, images: Tensor) -> Tensor:
+        """For images, or without a state for the input alone."""
+        return self.weight if images.shape[-1] == self.weight.shape[1] else self._weight_x
+
     def new_images(self, layer: Layer, x: Tensor, steps: int) -> Tensor:
         """Memory (steps, N, H, W, C + C_h) for the images of some steps."""
         return x.new_empty(steps, layer.clips, *layer.size, layer.channels + layer.hidden)
@@ -94,17 +103,20 @@ class Convolved:
         self, image: Tensor, z: Tensor, c_in: Tensor | None, c_out: Tensor, c_save: Tensor | None, h_out: Tensor | None,
         h_next: Tensor | None,
     ) -> None:  # fmt: skip
-        """Writes z, (N, H, W, 4 * C_h), the next c, and the next h into one or two places."""
+        """Writes z, (N, H, W, 4 * C_h), the next c, and the next h into one or two places.
+
+        Without a state the image is the input's, (N, H, W, C).
+        """
         if image.is_cuda:
             cudnn = torch.backends.cudnn
             deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
             torch.ops.aten.cudnn_convolution.out(
-                _first(image), self.weight, self.padding, [1, 1], [1, 1], 1, cudnn.benchmark, deterministic,
+                _first(image), self._weight(image), self.padding, [1, 1], [1, 1], 1, cudnn.benchmark, deterministic,
                 cudnn.allow_tf32, out=_first(z),
             )  # fmt: skip
         else:
             _first(z).copy_(torch.convolution(
-                _first(image), self.weight, None, [1, 1], self.padding, [1, 1], False, [0, 0], 1
+                _first(image), self._weight(image), None, [1, 1], self.padding, [1, 1], False, [0, 0], 1
             ))  # fmt: skip
         pixels, channels, warps = _FORWARD
         constants = self.constants | {
@@ -140,7 +152,7 @@ class Convolved:
 
     def _backward(self, da: Tensor, images: Tensor, of_images: bool) -> Tensor:
         found = torch.ops.aten.convolution_backward(
-            _first(da), _first(images), self.weight, None, [1, 1], self.padding, [1, 1], False, [0, 0], 1,
+            _first(da), _first(images), self._weight(images), None, [1, 1], self.padding, [1, 1], False, [0, 0], 1,
             [of_images, not of_images, False],
         )  # fmt: skip
         return found[0 if of_images else 1]
@@ -163,8 +175,9 @@ class ConvolvedSums:
 
     def add(self, images: Tensor, da: Tensor) -> None:
         """Adds those of some steps, each (steps, N, H, W, ...)."""
-        found = self.convolved.weight_gradient(da, images).float()
-        self.sums = found if self.sums is None else self.sums.add_(found)
+        if self.sums is None:
+            self.sums = torch.zeros_like(self.convolved.weight, dtype=torch.float32)
+        self.sums[:, : images.shape[-1]] += self.convolved.weight_gradient(da, images)
 
     def results(self) -> list[Tensor]:
         """The gradients of W_hh and W_ih in their own layout and dtype."""
@@ -182,40 +195,40 @@ def run_forward(
     """Runs the steps on x (N, T, H, W, C); see :func:`convlstm_fish.ops.triton_kernels.passes.run_forward`.
 
     Returns:
-        h, c_n and the cells as there; the gates before activation, (T, N, H, W, 4 * C_h), and the images
-        (T, N, H, W, C + C_h); empty without ``keep_c``.
+        h, c_n and the cells as there, and in the order of the steps, empty without ``keep_c``: the gates before
+        activation, (T, N, H, W, 4 * C_h), and the images (T, N, H, W, C + C_h). Without h_0 the first step has no
+        image, for it reads x alone.
     """
     clips, steps, channels = layer.clips, layer.steps, layer.channels
     frame = (*layer.size, layer.hidden)
     h = x.new_empty(clips, steps if keep_h else 2, *frame)
     c = x.new_empty((clips, *frame), dtype=torch.float32)
     cells = x.new_empty((clips, steps, *frame) if keep_c else (0,))
-    kept = steps if keep_c else 1
-    images, z = convolved.new_images(layer, x, kept), convolved.new_gates(layer, x, kept)
-    if keep_c:
-        for t, frame in enumerate(x.unbind(1)):
-            copy_into(images[t, ..., :channels], frame)
+    skipped = int(h_0 is None)
+    z = convolved.new_gates(layer, x, steps if keep_c else 1)
+    images = convolved.new_images(layer, x, steps - skipped if keep_c else 1)
+    place = lambda s: images[s - skipped if keep_c else 0]  # noqa: E731
     c_in = c_0
     for s in range(steps):
-        t, after = (steps - 1 - s, steps - 2 - s) if layer.reverse else (s, s + 1)
-        last = s + 1 == steps
-        image = images[t % kept]
-        if not keep_c:
+        t, last = steps - 1 - s if layer.reverse else s, s + 1 == steps
+        if s < skipped:
+            image = x[:, t].contiguous()
+        else:
+            image = place(s)
             copy_into(image[..., :channels], x[:, t])
-        if s == 0:
-            state = image[..., channels:]
-            state.zero_() if h_0 is None else copy_into(state, h_0)
-        h_next = None if last else images[after % kept, ..., channels:]
+            if s == 0 and h_0 is not None:
+                copy_into(image[..., channels:], h_0)
+        h_next = None if last else place(s + 1)[..., channels:]
         h_out = h[:, t] if keep_h else h[:, s % 2] if last else None
-        convolved.step(image, z[t % kept], c_in, c, cells[:, t] if keep_c else None, h_out, h_next)
+        convolved.step(image, z[s if keep_c else 0], c_in, c, cells[:, t] if keep_c else None, h_out, h_next)
         c_in = c
     return (h, c, cells, z, images) if keep_c else (h, c, cells, x.new_empty(0), x.new_empty(0))
 
 
 def run_backward(
     layer: Layer, convolved: Convolved, gradients: Any, chunk: int, dout: Tensor | None, dh_n: Tensor | None,
-    dc_n: Tensor | None, cells: Tensor | None, z: Tensor, images: Tensor, c_0: Tensor | None, need_x: bool,
-    need_state: bool,
+    dc_n: Tensor | None, cells: Tensor | None, z: Tensor, images: Tensor, x: Tensor | None, c_0: Tensor | None,
+    need_x: bool, need_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Adds to the gradients of the parameters, whose sums take up ``chunk`` steps at a time.
 
@@ -227,21 +240,23 @@ def run_backward(
     dh = None if dh_n is None else _evenly(dh_n)
     dc = torch.empty((layer.clips, *layer.size, layer.hidden), dtype=torch.float32, device=z.device)
     dx = z.new_empty((layer.clips, steps, *layer.size, channels) if need_x and steps > 1 else (0,))
-    waiting = 0
+    skipped, waiting = steps - images.shape[0], 0
     for s in reversed(range(steps)):
         t, before = (steps - 1 - s, steps - s) if layer.reverse else (s, s - 1)
-        if waiting == 0:
-            da = gradients.room(layer, z, max(1, min(chunk, s + 1)))
-        # The steps of a chunk lie in the order of their images.
-        slot = waiting if layer.reverse else da.shape[0] - 1 - waiting
+        if s < skipped:
+            assert x is not None
+            those, at = x[:, t].contiguous()[None], 0
+        else:
+            those, at = images, s - skipped
+        if waiting == 0:  # filled from its end, for the last step comes first
+            da = gradients.room(layer, z, max(1, min(chunk, s + 1 - skipped)))
+        da_s = da[-1 - waiting]
         c_in = c_0 if s == 0 or cells is None else cells[:, before]
-        convolved.back(
-            z[t], c_in, None if dout is None else dout[:, t], dh, dc_in, dc, da[slot], gradients.dpeephole,
-            gradients.dbias,
-        )  # fmt: skip
+        dout_t = None if dout is None else dout[:, t]
+        convolved.back(z[s], c_in, dout_t, dh, dc_in, dc, da_s, gradients.dpeephole, gradients.dbias)
         dc_in = dc
         if s > 0 or need_x or need_state:
-            both = convolved.image_gradient(da[slot], images[t])
+            both = convolved.image_gradient(da_s, those[at])
             dh = both[..., channels:]
             if need_x and steps > 1:
                 copy_into(dx[:, t], both[..., :channels])
@@ -249,7 +264,6 @@ def run_backward(
                 dx = both[..., :channels].unsqueeze(1)
         waiting += 1
         if waiting == da.shape[0]:
-            first = t + 1 - waiting if layer.reverse else t
-            gradients.add_convolved(images[first : first + waiting], da)
+            gradients.add_convolved(those[at : at + waiting], da)
             waiting = 0
     return (dx, dh, dc) if need_state and dh is not None else (dx, z.new_empty(0), dc.new_empty(0))

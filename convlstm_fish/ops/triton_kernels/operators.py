@@ -35,7 +35,7 @@ def conv_lstm_forward(
     Returns:
         h of every step (N, T, H', W', C_h), empty without ``keep_h``; h_n; c_n; and for the backward pass, in the
         dtype of x and empty without ``keep_c``, c of every step, for wide layers the gates (N, T, H', W', 4 * C_h), or
-        for convolved ones those before activation (T, N, H', W', 4 * C_h) and the images (T, N, H', W', C + C_h).
+        for convolved ones those before activation (T, N, H', W', 4 * C_h), and the images; see their run_forward.
     """
     layer = make_layer(x, weight_ih, weight_hh, size, stride, pads, dilation, activation, tf32, reverse)
     plain = mask is None and lengths is None
@@ -75,7 +75,7 @@ def _(
         x.new_empty((clips, *frame), dtype=torch.float32),
         x.new_empty((clips, steps, *frame) if keep_c else (0,)),
         gates,
-        x.new_empty((steps, clips, *size, layer.channels + layer.hidden) if is_convolved else (0,)),
+        x.new_empty((steps - (h_0 is None), clips, *size, layer.channels + layer.hidden) if is_convolved else (0,)),
     )
 
 
@@ -95,7 +95,7 @@ def _backward(
     if weights.convolved is not None:
         found = convolved.run_backward(
             layer, weights.convolved, gradients, CHUNK_BYTES // (gates[0].numel() * gates.element_size()), dout, dh_n,
-            dc_n, cells, gates, images, c_0, need_x, need_state,
+            dc_n, cells, gates, images, x, c_0, need_x, need_state,
         )  # fmt: skip
     else:
         found = run_backward(
