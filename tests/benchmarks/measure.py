@@ -150,7 +150,8 @@ def write(path: Path, name: str, where: dict[str, str], rows: dict[str, dict[str
 
 def report(name: str, rows: dict[str, dict[str, float]], args: argparse.Namespace, **more: Any) -> None:
     """:func:`write` to where the options say."""
-    write(args.output or RESULTS / f"{name}.json", name, machine(args.device), rows, **more)
+    output = args.output or RESULTS
+    write(output / f"{name}.json" if output.is_dir() else output, name, machine(args.device), rows, **more)
 
 
 def wanted(names: list[str], args: argparse.Namespace) -> list[str]:

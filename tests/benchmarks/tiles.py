@@ -18,7 +18,7 @@ from measure import RESULTS, machine, write
 from torch.profiler import ProfilerActivity, profile
 
 from convlstm_fish.ops import conv_lstm
-from convlstm_fish.ops.triton_kernels import tuning, weights
+from convlstm_fish.ops.triton_kernels import convolved, tuning, weights
 
 KERNELS = {
     "forward": "forward_step",
@@ -70,7 +70,9 @@ def candidates(kernel: str, hidden: int, default: tuning.Tiles) -> Iterator[tuni
 def run(args: argparse.Namespace, clips: int, tiles: tuning.Tiles) -> tuple[torch.Tensor, ...]:
     """Output and gradients of the layer with these tiles."""
     tuning.choose = lambda *_: tiles
-    weights.covers = lambda *_: False  # the Triton kernels, also where the Hopper kernels would take the layer
+    # The Triton kernels, also where others would take the layer.
+    weights.covers = lambda *_: False
+    convolved.covers = lambda _: False
     rng = torch.Generator("cuda").manual_seed(0)
     dtype = getattr(torch, args.dtype)
     x = torch.rand(clips, args.steps, *args.size, args.channels, device="cuda", generator=rng).to(dtype)

@@ -142,3 +142,13 @@ def check_unrolled(device: str, dtype: torch.dtype, case: Case, tolerance: float
     errors = {name: relative_error(found[name], truth[name]) for name in truth}
     wrong = {name: error for name, error in errors.items() if not error < tolerance}
     assert not wrong, f"relative errors over {tolerance}: {wrong}"
+
+
+def check_not_a_number(function: Callable[..., Any], dtype: torch.dtype, device: str, case: Case) -> None:
+    """A pixel that is not a number makes what the reference makes of it: nothing is hidden."""
+    a = {k: v.to(device, dtype) for k, v in make(case)["arguments"].items()}
+    a["x"][0, 0, 0, 2, 2] = float("nan")
+    args = (a["x"], None, a["weight_ih"], a["weight_hh"])
+    truth, found = (call(*args, **case.options)[0].isnan() for call in (conv_lstm_reference, function))
+    assert truth.any()
+    assert found[truth].all()

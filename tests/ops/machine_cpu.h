@@ -83,6 +83,8 @@ template <int COUNT> inline void tell(int barrier) { (void)waiting[barrier].at(C
 inline void begin_products() {}
 template <int PENDING = 0> inline void end_products() {}
 inline void finish_products() {}
+inline float at_most(float x, float bound) { return x > bound ? bound : x; }
+inline float at_least(float x, float bound) { return x < bound ? bound : x; }
 inline float fast_tanh(float x) { return std::tanh(x); }
 inline float fast_exp2(float x) { return std::exp2(x); }
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import TOLERANCE, Case, check, check_unrolled, make, relative_error, run
+from kernel_cases import TOLERANCE, Case, check, check_not_a_number, check_unrolled, make, relative_error, run
 from torch import Tensor
 
 from convlstm_fish.ops import conv_lstm
@@ -118,6 +118,11 @@ def test_without_the_gradient_of_the_input(emulated: None) -> None:
 @pytest.mark.parametrize("case", [CASES["state"], Case(1, 3, 4, 5, 9, 16)], ids=["wide", "fused"])
 def test_unrolled(case: Case, emulated: None) -> None:
     check_unrolled("cpu", torch.float16, case, TOLERANCE["float16"])
+
+
+def test_what_is_not_a_number_stays_so(emulated: None) -> None:
+    case = Case(1, 2, 4, 9, 9, 16, options={"recurrent_activation": "hard_sigmoid"})
+    check_not_a_number(op.conv_lstm_triton, torch.bfloat16, "cpu", case)
 
 
 def test_tensors_that_do_not_begin_at_16_bytes(emulated: None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import TOLERANCE, Case, check, check_unrolled, make, relative_error, run
+from kernel_cases import TOLERANCE, Case, check, check_not_a_number, check_unrolled, make, relative_error, run
 from torch import Tensor
 
 from convlstm_fish.ops import conv_lstm, conv_lstm_reference, unroll
@@ -120,6 +120,20 @@ def test_convolved_layer_whose_input_needs_no_gradient(steps: int, poisoned: Non
         for backend in ("triton", "reference")
     )
     assert relative_error(found[0], truth[0].double()) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("activation", ["sigmoid", "hard_sigmoid", "hard_sigmoid_v3"])
+@pytest.mark.parametrize(("channels", "hidden"), [(3, 5), (4, 16), (16, 64)])
+def test_what_is_not_a_number_stays_so(channels: int, hidden: int, activation: str, device: str) -> None:
+    case = Case(1, 2, channels, 5, 5, hidden, options={"recurrent_activation": activation})
+
+    def function(*args: Any, **options: Any) -> Any:
+        return conv_lstm(*args, **options, backend="triton")
+
+    check_not_a_number(function, torch.float32 if device == "cpu" else torch.bfloat16, device, case)
 
 
 @interpreted

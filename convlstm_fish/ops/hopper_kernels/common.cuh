@@ -58,9 +58,9 @@ DEVICE float gate(float z) {
 #elif ACT == 0
     return __fdividef(1.f, 1.f + fast_exp2(-1.4426950408889634f * z));
 #elif ACT == 1
-    return fminf(fmaxf(fmaf(0.2f, z, 0.5f), 0.f), 1.f);
+    return at_most(at_least(fmaf(0.2f, z, 0.5f), 0.f), 1.f);
 #else
-    return fminf(fmaxf(z + 3.f, 0.f), 6.f) * (1.f / 6.f);
+    return at_most(at_least(z + 3.f, 0.f), 6.f) * (1.f / 6.f);
 #endif
 }
 

@@ -53,6 +53,17 @@ DEVICE void load_transposed(u32 (&a)[4], u32 from) {
                  : "memory");
 }
 
+// What is not a number stays so, which fminf and fmaxf would hide.
+DEVICE float at_most(float x, float bound) {
+    float y;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(bound));
+    return y;
+}
+DEVICE float at_least(float x, float bound) {
+    float y;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(bound));
+    return y;
+}
 DEVICE float fast_tanh(float x) {
     float y;
     asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -51,14 +51,21 @@ def tanh(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def between(x, low: tl.constexpr, high: tl.constexpr):
+    """x, but at least low and at most high; what is not a number stays so."""
+    x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def recurrent_activation(z, ACT: tl.constexpr, FAST: tl.constexpr):
     """Value of the gates' activation: 0 sigmoid, 1 Keras 2's hard sigmoid, 2 Keras 3's."""
     if ACT == 0:
         y = 0.5 * tanh(0.5 * z, FAST) + 0.5 if FAST else 1.0 / (1.0 + tl.exp(-z))
     elif ACT == 1:
-        y = tl.minimum(tl.maximum(0.2 * z + 0.5, 0.0), 1.0)
+        y = between(0.2 * z + 0.5, 0.0, 1.0)
     else:
-        y = tl.minimum(tl.maximum(z + 3.0, 0.0), 6.0) * (1.0 / 6.0)
+        y = between(z + 3.0, 0.0, 6.0) * (1.0 / 6.0)
     return y
 
 
