@@ -177,12 +177,13 @@ def test_what_is_covered(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
 
         def look(layer: Any, made: Any, *args: Any) -> None:
-            found.append(made.steps is not None)
+            found.append(getattr(made, "steps", None) is not None)
             raise Seen
 
         monkeypatch.setattr(op, "unsupported", lambda *args, **options: None)
         monkeypatch.setattr(op, "suits", lambda frames: False)
-        monkeypatch.setattr("convlstm_fish.ops.triton_kernels.operators.run_forward", look)
+        for runs in ("operators", "convolved"):
+            monkeypatch.setattr(f"convlstm_fish.ops.triton_kernels.{runs}.run_forward", look)
         with pytest.raises(Seen):
             run(case, op.conv_lstm_triton, dtype, "cpu", make(case))
         return found[0]

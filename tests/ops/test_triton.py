@@ -32,15 +32,17 @@ SMALL = {
     "even-kernels": Case(1, 2, 3, 5, 4, 6, (2, 3), (4, 2), peephole="channel", mask=True),
     "strided-reverse": Case(1, 2, 3, 6, 5, kernel_h=(1, 3), peephole="pixel", options={
         "stride": 2, "dilation": (1, 2), "recurrent_activation": "hard_sigmoid_v3", "reverse": True}),
-    "kept-gates": Case(1, 2, 3, 5, 4, 64, peephole="channel"),
+    "kept-gates": Case(1, 2, 12, 5, 4, 64, peephole="channel"),
     "kept-gates-mask": Case(1, 3, 2, 3, 4, 64, mask=True, options={"reverse": True}),
-    "kept-gates-reverse": Case(1, 3, 2, 3, 4, 64, hx=False, options={"reverse": True}),
-    "kept-gates-valid": Case(1, 3, 2, 5, 4, 64, hx=False, bias=False, options={"padding": "valid"}),
+    "kept-gates-reverse": Case(1, 3, 10, 3, 4, 64, hx=False, options={"reverse": True}),
+    "kept-gates-valid": Case(1, 3, 16, 5, 4, 64, hx=False, bias=False, options={"padding": "valid"}),
     "kept-gates-lengths": Case(2, 2, 2, 3, 4, 64, lengths=(1, 2)),
     "convolved": Case(2, 3, 16, 5, 4, 64, peephole="channel"),
     "convolved-reverse": Case(1, 3, 24, 3, 4, 72, hx=False, bias=False, options={
         "reverse": True, "recurrent_activation": "hard_sigmoid"}),
     "convolved-last": Case(1, 2, 16, 5, 6, 64, (5, 3), (5, 3), peephole="pixel", sequences=False),
+    "convolved-few": Case(2, 3, 3, 6, 7, 64, (3, 3), (5, 3), options={"reverse": True, "stride": 2}),
+    "convolved-few-stateless": Case(1, 3, 1, 5, 6, 72, hx=False, peephole="channel", options={"padding": "valid"}),
     "convolved-one-step": Case(1, 1, 16, 3, 4, 64, (1, 1), (1, 1)),
     "short-lengths": Case(steps=2, height=3, width=4, lengths=(2, 1), sequences=False),
     "short-lengths-reverse": Case(steps=2, height=3, width=4, lengths=(1, 2), mask=True, options={"reverse": True}),
@@ -112,8 +114,12 @@ OTHER_TILES = Tile(32, 16, 16, 16, 32, 0, 4, 1, held=2), Tile(32, 16, 16, 16, 32
 
 @interpreted
 @pytest.mark.parametrize("steps", [1, 2])
-def test_convolved_layer_whose_input_needs_no_gradient(steps: int, poisoned: None) -> None:
-    a = {k: v.float() for k, v in make(Case(1, steps, 16, 5, 4, 64))["arguments"].items()}
+@pytest.mark.parametrize("channels", [3, 16])
+def test_convolved_layer_whose_input_needs_no_gradient(
+    channels: int, steps: int, poisoned: None, precision: Callable[[bool], None]
+) -> None:
+    precision(False)
+    a = {k: v.float() for k, v in make(Case(1, steps, channels, 5, 4, 64))["arguments"].items()}
     weight = a["weight_hh" if steps > 1 else "weight_ih"].requires_grad_()
     found, truth = (
         torch.autograd.grad(conv_lstm(a["x"], None, a["weight_ih"], a["weight_hh"], backend=backend)[0].sum(), weight)
@@ -158,7 +164,8 @@ UNROLLED = {
     "plain": Case(2, 3, 3, 5, 4),
     "one": Case(1, 1, 3, 5, 4, bias=False),
     "pixel": Case(1, 2, 3, 5, 4, 6, (2, 3), (4, 2), peephole="pixel"),
-    "kept-gates": Case(1, 3, 3, 5, 4, 64, peephole="channel"),
+    "kept-gates": Case(1, 3, 12, 5, 4, 64, peephole="channel"),
+    "convolved-few": Case(2, 3, 4, 5, 4, 64),
     "convolved": Case(2, 3, 16, 5, 4, 64, peephole="channel"),
 }
 

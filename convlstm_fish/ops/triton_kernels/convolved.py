@@ -2,7 +2,8 @@
 
 From 64 channels on a convolution is arithmetic, at which cuDNN is hard to beat. A step's input and the state before it
 lie side by side in one image, (N, H, W, C + C_h), so that one convolution makes the gates of both; the launch after it
-writes the new state straight into the image of the next step.
+writes the new state straight into the image of the next step. An input of few channels is no work for cuDNN: the launch
+adds its convolution, and the image, (N, H, W, C_h), is the state alone.
 """
 
 from __future__ import annotations
@@ -16,25 +17,32 @@ import triton
 from torch import Tensor
 
 from convlstm_fish.ops.triton_kernels.launch import launch
-from convlstm_fish.ops.triton_kernels.layer import Layer, peephole_kind
+from convlstm_fish.ops.triton_kernels.layer import Layer, pack, peephole_kind
 from convlstm_fish.ops.triton_kernels.pointwise import copy_pixels, update_gradients, update_state
+from convlstm_fish.ops.triton_kernels.sums import ImageWeight, WeightSums, image_weight, write_image_gradient
 
 # Pixels at a time, channels and warps of a program; backward, how many times.
 _FORWARD = (32, 64, 4)
 _BACKWARD = (16, 64, 4)
 _ROUNDS = 8
+# Channels of an input that does not lie in the image, at most.
+_FEW = 4
 
 
 def covers(layer: Layer) -> bool:
     """Whether :class:`Convolved` runs a layer's calls without a mask and lengths, and is the faster way."""
     return (
         layer.hidden >= 64
-        and layer.channels >= 16
-        and layer.channels % 8 == layer.hidden % 8 == 0
-        and layer.alike
+        and layer.hidden % 8 == 0
         and all(k % 2 for k in layer.kernel)
+        and (layer.channels <= _FEW or (layer.channels % 8 == 0 and layer.alike))
         and (layer.device.type != "cuda" or (torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled))
     )
+
+
+def image_channels(layer: Layer) -> int:
+    """Of the input, those that lie in the images."""
+    return 0 if layer.channels <= _FEW else layer.channels
 
 
 def _first(image: Tensor) -> Tensor:
@@ -66,66 +74,85 @@ def copy_into(target: Tensor, source: Tensor) -> None:
 
 
 class Convolved:
-    """The steps of a layer, its weights laid side by side; images are (N, H, W, C + C_h), channels last."""
+    """The steps of a layer. Images are channels last."""
 
     def __init__(
         self, layer: Layer, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, peephole: Sequence[Tensor | None]
     ) -> None:
-        both = torch.cat([weight_ih.detach(), weight_hh.detach()], 1)
-        self.weight = both.to(layer.dtype, memory_format=torch.channels_last)
-        self.weight_ih, self.weight_hh = weight_ih, weight_hh
+        self.layer, self.weight_ih, self.weight_hh = layer, weight_ih, weight_hh
+        self.beside = image_channels(layer)
+        self.weight = self._laid_out(torch.cat([weight_ih, weight_hh], 1) if self.beside else weight_hh)
         self.bias = None if bias is None else bias.detach().float().contiguous()
         self.peephole = peephole
         self.padding = [k // 2 for k in layer.kernel]
         self.parts = triton.cdiv(layer.size[0] * layer.size[1], _BACKWARD[0] * _ROUNDS)
-        self.constants: dict[str, Any] = {
-            "PIXELS": layer.size[0] * layer.size[1], "C": layer.hidden, "ACT": layer.activation, "FAST": layer.fast,
+        every = layer.constants()
+        self.constants = {key: every[key] for key in ("H", "W", "C", "ACT", "FAST")} | {
             "PEEPHOLE": peephole_kind(peephole[0]), "HAS_BIAS": bias is not None,
         }  # fmt: skip
+        names = ("HI", "WI", "C_IN", "CP_IN", "KHX", "KWX", "PRECISION")
+        self.constants_x = layer.convolution() | {key: every[key] for key in names} | {"BK": 16}
+
+    def _laid_out(self, weight: Tensor) -> Tensor:
+        return weight.detach().to(self.layer.dtype, memory_format=torch.channels_last)
 
     @cached_property
     def _weight_x(self) -> Tensor:
-        return self.weight_ih.detach().to(self.weight.dtype, memory_format=torch.channels_last)
+        return self._laid_out(self.weight_ih)
+
+    @cached_property
+    def _packed_x(self) -> Tensor:
+        return pack(self.weight_ih, self.layer, 16, _FORWARD[1], False)
+
+    @cached_property
+    def _image_x(self) -> ImageWeight:
+        return image_weight(self.layer, self.weight_ih, self.layer.tiles.image, self.layer.convolution())
 
     def _weight(self, images: Tensor) -> Tensor:
         """For images, or without a state for the input alone."""
         return self.weight if images.shape[-1] == self.weight.shape[1] else self._weight_x
 
-    def new_images(self, layer: Layer, x: Tensor, steps: int) -> Tensor:
-        """Memory (steps, N, H, W, C + C_h) for the images of some steps."""
-        return x.new_empty(steps, layer.clips, *layer.size, layer.channels + layer.hidden)
+    def new_images(self, x: Tensor, clips: int, steps: int) -> Tensor:
+        """Memory (steps, N, H, W, channels) for the images of some steps."""
+        return x.new_empty(steps, clips, *self.layer.size, self.weight.shape[1])
 
-    def new_gates(self, layer: Layer, x: Tensor, steps: int) -> Tensor:
+    def new_gates(self, x: Tensor, clips: int, steps: int) -> Tensor:
         """Memory (steps, N, H, W, 4 * C_h) for gates before activation, or their gradients."""
-        return x.new_empty(steps, layer.clips, *layer.size, 4 * layer.hidden)
+        return x.new_empty(steps, clips, *self.layer.size, 4 * self.layer.hidden)
 
     def step(
-        self, image: Tensor, z: Tensor, c_in: Tensor | None, c_out: Tensor, c_save: Tensor | None, h_out: Tensor | None,
-        h_next: Tensor | None,
+        self, image: Tensor | None, x: Tensor | None, z: Tensor, save_z: bool, c_in: Tensor | None, c_out: Tensor,
+        c_save: Tensor | None, h_out: Tensor | None, h_next: Tensor | None,
     ) -> None:  # fmt: skip
         """Writes z, (N, H, W, 4 * C_h), the next c, and the next h into one or two places.
 
-        Without a state the image is the input's, (N, H, W, C).
+        Args:
+            image: the step's, (N, H, W, channels); without a state the input itself, or None where ``x`` is it.
+            x: (N, H, W, C), an input that does not lie in the images.
+            z: written for good with ``save_z``.
         """
-        if image.is_cuda:
+        if image is not None and image.is_cuda:
             cudnn = torch.backends.cudnn
             deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
             torch.ops.aten.cudnn_convolution.out(
                 _first(image), self._weight(image), self.padding, [1, 1], [1, 1], 1, cudnn.benchmark, deterministic,
                 cudnn.allow_tf32, out=_first(z),
             )  # fmt: skip
-        else:
+        elif image is not None:
             _first(z).copy_(torch.convolution(
                 _first(image), self._weight(image), None, [1, 1], self.padding, [1, 1], False, [0, 0], 1
             ))  # fmt: skip
         pixels, channels, warps = _FORWARD
-        constants = self.constants | {
+        weight_x = None if x is None else self._packed_x
+        constants = self.constants | self.constants_x | {
             "NEXT": 0 if h_next is None else h_next.stride(2), "HAS_STATE": c_in is not None,
             "SAVE_C": c_save is not None, "HAS_OUT": h_out is not None, "HAS_NEXT": h_next is not None,
-            "BM": pixels, "BC": channels,
+            "BM": pixels, "BC": channels, "HAS_Z": image is not None, "HAS_X": x is not None, "SAVE_Z": save_z,
+            "ldw": 0 if weight_x is None else weight_x.shape[1],
         }  # fmt: skip
         args = (
-            z, self.bias, c_in, c_out, c_save, h_out, h_next, *self.peephole, z.stride(0), c_out.stride(0),
+            z, x, weight_x, self.bias, c_in, c_out, c_save, h_out, h_next, *self.peephole, z.stride(0),
+            0 if x is None else x.stride(0), c_out.stride(0),
             *(0 if t is None else t.stride(0) for t in (c_save, h_out, h_next)),
         )  # fmt: skip
         clips, height, width, hidden = c_out.shape
@@ -161,8 +188,13 @@ class Convolved:
         """Of an image, from da of its step."""
         return self._backward(da, image, True).permute(0, 2, 3, 1).contiguous()
 
+    def input_gradient(self, da: Tensor, dx: Tensor) -> None:
+        """Writes that of an input that does not lie in the images, both (N, H, W, ...)."""
+        one = self.layer._replace(clips=da.shape[0], steps=1, reverse=False)
+        write_image_gradient(one, self._image_x, da.unsqueeze(1), dx, 0, None, 0, 1, None)
+
     def weight_gradient(self, da: Tensor, images: Tensor) -> Tensor:
-        """Of the weights, side by side, summed over (steps, N, ...)."""
+        """Of the weights in the order of the images' channels, summed over (steps, N, ...)."""
         return self._backward(da.flatten(0, 1), images.flatten(0, 1), False)
 
 
@@ -172,6 +204,9 @@ class ConvolvedSums:
     def __init__(self, convolved: Convolved) -> None:
         self.convolved = convolved
         self.sums: Tensor | None = None
+        self.sums_x = None
+        if not convolved.beside:
+            self.sums_x = WeightSums(convolved.layer._replace(reverse=False), None, convolved.weight_ih)
 
     def add(self, images: Tensor, da: Tensor) -> None:
         """Adds those of some steps, each (steps, N, H, W, ...)."""
@@ -179,14 +214,20 @@ class ConvolvedSums:
             self.sums = torch.zeros_like(self.convolved.weight, dtype=torch.float32)
         self.sums[:, : images.shape[-1]] += self.convolved.weight_gradient(da, images)
 
+    def add_input(self, x: Tensor, da: Tensor) -> None:
+        """Adds those of an input (steps, N, H, W, C) that does not lie in the images."""
+        assert self.sums_x is not None
+        x, da = x.transpose(0, 1), da.transpose(0, 1)
+        self.sums_x.add(x, 0, True, x, None, da, 0, x.shape[1], None)
+
     def results(self) -> list[Tensor]:
         """The gradients of W_hh and W_ih in their own layout and dtype."""
         weights = self.convolved.weight_hh, self.convolved.weight_ih
-        if self.sums is None:
-            return [torch.zeros_like(w, memory_format=torch.contiguous_format) for w in weights]
-        cut = weights[1].shape[1]
-        parts = self.sums[:, cut:], self.sums[:, :cut]
-        return [p.to(w.dtype, memory_format=torch.contiguous_format).contiguous() for p, w in zip(parts, weights)]
+        sums = torch.zeros_like(self.convolved.weight) if self.sums is None else self.sums
+        cut = self.convolved.beside
+        parts = sums[:, cut:], sums[:, :cut]
+        found = [p.to(w.dtype, memory_format=torch.contiguous_format).contiguous() for p, w in zip(parts, weights)]
+        return found if self.sums_x is None else [found[0], *self.sums_x.results()]
 
 
 def run_forward(
@@ -196,31 +237,36 @@ def run_forward(
 
     Returns:
         h, c_n and the cells as there, and in the order of the steps, empty without ``keep_c``: the gates before
-        activation, (T, N, H, W, 4 * C_h), and the images (T, N, H, W, C + C_h). Without h_0 the first step has no
+        activation, (T, N, H, W, 4 * C_h), and the images (T, N, H, W, channels). Without h_0 the first step has no
         image, for it reads x alone.
     """
-    clips, steps, channels = layer.clips, layer.steps, layer.channels
+    clips, steps, beside = layer.clips, layer.steps, convolved.beside
     frame = (*layer.size, layer.hidden)
     h = x.new_empty(clips, steps if keep_h else 2, *frame)
     c = x.new_empty((clips, *frame), dtype=torch.float32)
     cells = x.new_empty((clips, steps, *frame) if keep_c else (0,))
     skipped = int(h_0 is None)
-    z = convolved.new_gates(layer, x, steps if keep_c else 1)
-    images = convolved.new_images(layer, x, steps - skipped if keep_c else 1)
+    z = convolved.new_gates(x, clips, steps if keep_c else 1)
+    images = convolved.new_images(x, clips, steps - skipped if keep_c else 1)
     place = lambda s: images[s - skipped if keep_c else 0]  # noqa: E731
     c_in = c_0
     for s in range(steps):
         t, last = steps - 1 - s if layer.reverse else s, s + 1 == steps
-        if s < skipped:
-            image = x[:, t].contiguous()
-        else:
+        image = None
+        if s >= skipped:
             image = place(s)
-            copy_into(image[..., :channels], x[:, t])
+            if beside:
+                copy_into(image[..., :beside], x[:, t])
             if s == 0 and h_0 is not None:
-                copy_into(image[..., channels:], h_0)
-        h_next = None if last else place(s + 1)[..., channels:]
+                copy_into(image[..., beside:], h_0)
+        elif beside:
+            image = x[:, t].contiguous()
+        h_next = None if last else place(s + 1)[..., beside:]
         h_out = h[:, t] if keep_h else h[:, s % 2] if last else None
-        convolved.step(image, z[s if keep_c else 0], c_in, c, cells[:, t] if keep_c else None, h_out, h_next)
+        convolved.step(
+            image, None if beside else x[:, t], z[s if keep_c else 0], keep_c, c_in, c,
+            cells[:, t] if keep_c else None, h_out, h_next,
+        )  # fmt: skip
         c_in = c
     return (h, c, cells, z, images) if keep_c else (h, c, cells, x.new_empty(0), x.new_empty(0))
 
@@ -232,22 +278,20 @@ def run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Adds to the gradients of the parameters, whose sums take up ``chunk`` steps at a time.
 
+    ``x`` (N, T, H, W, C) is needed where not all of it lies in the images.
+
     Returns:
         The gradients of x, h_0 and c_0, empty unless needed.
     """
-    steps, channels = layer.steps, layer.channels
+    steps, beside = layer.steps, convolved.beside
     dout, dc_in = (None if t is None else t.contiguous() for t in (dout, dc_n))
     dh = None if dh_n is None else _evenly(dh_n)
     dc = torch.empty((layer.clips, *layer.size, layer.hidden), dtype=torch.float32, device=z.device)
-    dx = z.new_empty((layer.clips, steps, *layer.size, channels) if need_x and steps > 1 else (0,))
+    own_dx = need_x and (steps > 1 or not beside)
+    dx = z.new_empty((layer.clips, steps, *layer.size_in, layer.channels) if own_dx else (0,))
     skipped, waiting = steps - images.shape[0], 0
     for s in reversed(range(steps)):
         t, before = (steps - 1 - s, steps - s) if layer.reverse else (s, s - 1)
-        if s < skipped:
-            assert x is not None
-            those, at = x[:, t].contiguous()[None], 0
-        else:
-            those, at = images, s - skipped
         if waiting == 0:  # filled from its end, for the last step comes first
             da = gradients.room(layer, z, max(1, min(chunk, s + 1 - skipped)))
         da_s = da[-1 - waiting]
@@ -255,15 +299,24 @@ def run_backward(
         dout_t = None if dout is None else dout[:, t]
         convolved.back(z[s], c_in, dout_t, dh, dc_in, dc, da_s, gradients.dpeephole, gradients.dbias)
         dc_in = dc
-        if s > 0 or need_x or need_state:
-            both = convolved.image_gradient(da_s, those[at])
-            dh = both[..., channels:]
-            if need_x and steps > 1:
-                copy_into(dx[:, t], both[..., :channels])
-            elif need_x:
-                dx = both[..., :channels].unsqueeze(1)
+        those = None if s < skipped else images[s - skipped :]
+        if those is None and beside and x is not None:
+            those = x[:, t].contiguous()[None]
+        if those is not None and (s > 0 or need_state or (need_x and beside)):
+            both = convolved.image_gradient(da_s, those[0])
+            dh = both[..., beside:]
+            if need_x and beside:
+                if own_dx:
+                    copy_into(dx[:, t], both[..., :beside])
+                else:
+                    dx = both[..., :beside].unsqueeze(1)
+        if not beside:
+            assert x is not None
+            if need_x:
+                convolved.input_gradient(da_s, dx[:, t])
+            gradients.add_input(x[:, t].unsqueeze(0), da_s.unsqueeze(0))
         waiting += 1
         if waiting == da.shape[0]:
-            gradients.add_convolved(those[at : at + waiting], da)
+            gradients.add_convolved(None if those is None else those[:waiting], da)
             waiting = 0
     return (dx, dh, dc) if need_state and dh is not None else (dx, z.new_empty(0), dc.new_empty(0))

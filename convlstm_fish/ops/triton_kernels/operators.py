@@ -75,7 +75,11 @@ def _(
         x.new_empty((clips, *frame), dtype=torch.float32),
         x.new_empty((clips, steps, *frame) if keep_c else (0,)),
         gates,
-        x.new_empty((steps - (h_0 is None), clips, *size, layer.channels + layer.hidden) if is_convolved else (0,)),
+        x.new_empty(
+            (steps - (h_0 is None), clips, *size, convolved.image_channels(layer) + layer.hidden)
+            if is_convolved
+            else (0,)
+        ),
     )
 
 

@@ -6,49 +6,83 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from convlstm_fish.ops.triton_kernels.common import tanh
+from convlstm_fish.ops.triton_kernels.common import convolve, split_parts, tanh
 from convlstm_fish.ops.triton_kernels.steps import add_bias_sums, cell_gradients, cell_update, store_gates
 
 
 @triton.jit
-def load_gates(ptr, bias_ptr, pixel, ch, exists, C: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """The four gates before their activation: the convolutions' sum, and the bias."""
-    at = ptr + pixel * (4 * C) + ch
-    z_i = tl.load(at, mask=exists, other=0.0).to(tl.float32)
-    z_f = tl.load(at + C, mask=exists, other=0.0).to(tl.float32)
-    z_g = tl.load(at + 2 * C, mask=exists, other=0.0).to(tl.float32)
-    z_o = tl.load(at + 3 * C, mask=exists, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        z_i += tl.load(bias_ptr + ch, mask=ch < C, other=0.0)
-        z_f += tl.load(bias_ptr + C + ch, mask=ch < C, other=0.0)
-        z_g += tl.load(bias_ptr + 2 * C + ch, mask=ch < C, other=0.0)
-        z_o += tl.load(bias_ptr + 3 * C + ch, mask=ch < C, other=0.0)
+def load_gates(ptr, at, exists, C: tl.constexpr):
+    """Four numbers a channel, in the order i, f, g, o."""
+    z_i = tl.load(ptr + at, mask=exists, other=0.0).to(tl.float32)
+    z_f = tl.load(ptr + at + C, mask=exists, other=0.0).to(tl.float32)
+    z_g = tl.load(ptr + at + 2 * C, mask=exists, other=0.0).to(tl.float32)
+    z_o = tl.load(ptr + at + 3 * C, mask=exists, other=0.0).to(tl.float32)
+    return z_i, z_f, z_g, z_o
+
+
+@triton.jit
+def add_bias(z_i, z_f, z_g, z_o, bias_ptr, ch, C: tl.constexpr):
+    """The four gates before activation with their bias."""
+    z_i += tl.load(bias_ptr + ch, mask=ch < C, other=0.0)
+    z_f += tl.load(bias_ptr + C + ch, mask=ch < C, other=0.0)
+    z_g += tl.load(bias_ptr + 2 * C + ch, mask=ch < C, other=0.0)
+    z_o += tl.load(bias_ptr + 3 * C + ch, mask=ch < C, other=0.0)
     return z_i, z_f, z_g, z_o
 
 
 @triton.jit
 def update_state(
-    z_ptr, bias_ptr, c_in_ptr, c_out_ptr, c_save_ptr, h_out_ptr, h_next_ptr, w_ci_ptr, w_cf_ptr, w_co_ptr,
-    z_n, state_n, c_save_n, h_out_n, h_next_n,
-    PIXELS: tl.constexpr, C: tl.constexpr, NEXT: tl.constexpr, ACT: tl.constexpr, FAST: tl.constexpr,
-    PEEPHOLE: tl.constexpr, HAS_STATE: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE_C: tl.constexpr,
-    HAS_OUT: tl.constexpr, HAS_NEXT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    z_ptr, x_ptr, w_x_ptr, bias_ptr, c_in_ptr, c_out_ptr, c_save_ptr, h_out_ptr, h_next_ptr,
+    w_ci_ptr, w_cf_ptr, w_co_ptr, z_n, x_n, state_n, c_save_n, h_out_n, h_next_n,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, NEXT: tl.constexpr, ACT: tl.constexpr, FAST: tl.constexpr,
+    PEEPHOLE: tl.constexpr, HAS_STATE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr,
+    SAVE_C: tl.constexpr, HAS_OUT: tl.constexpr, HAS_NEXT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    HAS_X: tl.constexpr, SAVE_Z: tl.constexpr, HI: tl.constexpr, WI: tl.constexpr, C_IN: tl.constexpr,
+    CP_IN: tl.constexpr, KHX: tl.constexpr, KWX: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
+    PY: tl.constexpr, PX: tl.constexpr, DY: tl.constexpr, DX: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, ldw: tl.constexpr,
 ):  # fmt: skip
     """h_t and c_t from the convolutions' sum and c_{t-1}.
 
     Grid: (tiles * channel blocks, clips). h goes to ``h_out``, or to ``h_next``, whose pixels lie NEXT numbers apart,
-    or to both.
+    or to both. With HAS_X, z holds the recurrent convolution, or without HAS_Z nothing, and the input's is added here.
     """
     blocks: tl.constexpr = (C + BC - 1) // BC
+    block = tl.program_id(0) % blocks
     n = tl.program_id(1).to(tl.int64)
-    pixel = (tl.program_id(0) // blocks * BM + tl.arange(0, BM))[:, None]
-    ch = (tl.program_id(0) % blocks * BC + tl.arange(0, BC))[None, :]
-    exists = (pixel < PIXELS) & (ch < C)
+    run = tl.program_id(0) // blocks * BM + tl.arange(0, BM)
+    pixel = run[:, None]
+    ch = (block * BC + tl.arange(0, BC))[None, :]
+    exists = (pixel < H * W) & (ch < C)
     at = pixel * C + ch
     c = tl.zeros((BM, BC), dtype=tl.float32)
     if HAS_STATE:
         c = tl.load(c_in_ptr + n * state_n + at, mask=exists, other=0.0)
-    z_i, z_f, z_g, z_o = load_gates(z_ptr + n * z_n, bias_ptr, pixel, ch, exists, C, HAS_BIAS)
+    z_i = tl.zeros((BM, BC), dtype=tl.float32)
+    z_f = z_i
+    z_g = z_i
+    z_o = z_i
+    kept = z_ptr + n * z_n
+    gates_at = pixel * (4 * C) + ch
+    if HAS_Z:
+        z_i, z_f, z_g, z_o = load_gates(kept, gates_at, exists, C)
+    if HAS_X:
+        acc = tl.zeros((BM, 4 * BC), dtype=tl.float32)
+        columns = block * (4 * BC) + tl.arange(0, 4 * BC)
+        acc = convolve(
+            acc, (KHX * KWX * CP_IN + BK - 1) // BK, x_ptr + n * x_n, x_ptr, (), w_x_ptr, columns, ldw, run // W,
+            run % W, run < H * W, HI, WI, C_IN, CP_IN, KHX, KWX, SY, SX, PY, PX, DY, DX, False, False, False, BK, 1,
+            PRECISION,
+        )  # fmt: skip
+        a_i, a_f, a_g, a_o = split_parts(acc, BM, BC)
+        z_i += a_i
+        z_f += a_f
+        z_g += a_g
+        z_o += a_o
+        if SAVE_Z:
+            store_gates(kept + gates_at, z_i, z_f, z_g, z_o, exists, C)
+    if HAS_BIAS:
+        z_i, z_f, z_g, z_o = add_bias(z_i, z_f, z_g, z_o, bias_ptr, ch, C)
     _, _, _, o, c = cell_update(
         z_i, z_f, z_g, z_o, c, w_ci_ptr, w_cf_ptr, w_co_ptr, ch, pixel, exists, C, PEEPHOLE, HAS_STATE, ACT, FAST
     )
@@ -66,7 +100,7 @@ def update_state(
 def update_gradients(
     z_ptr, bias_ptr, c_in_ptr, dout_ptr, dh_ptr, dc_in_ptr, dc_ptr, da_ptr, dpeephole_ptr, dbias_ptr,
     w_ci_ptr, w_cf_ptr, w_co_ptr, z_n, c_in_n, dout_n, dh_n, state_n,
-    parts: tl.constexpr, PIXELS: tl.constexpr, C: tl.constexpr, DH: tl.constexpr, ACT: tl.constexpr,
+    parts: tl.constexpr, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, DH: tl.constexpr, ACT: tl.constexpr,
     FAST: tl.constexpr, PEEPHOLE: tl.constexpr, HAS_STATE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_DOUT: tl.constexpr, HAS_DH: tl.constexpr, HAS_DC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
     ROUNDS: tl.constexpr,
@@ -87,7 +121,7 @@ def update_gradients(
     b_o = tl.zeros((BM, BC), dtype=tl.float32)
     for k in tl.range(0, ROUNDS, num_stages=1):
         pixel = ((part * ROUNDS + k) * BM + tl.arange(0, BM))[:, None]
-        exists = (pixel < PIXELS) & (ch < C)
+        exists = (pixel < H * W) & (ch < C)
         at = pixel * C + ch
         dh = tl.zeros((BM, BC), dtype=tl.float32)
         if HAS_DH:
@@ -100,7 +134,9 @@ def update_gradients(
         c_before = tl.zeros((BM, BC), dtype=tl.float32)
         if HAS_STATE:
             c_before = tl.load(c_in_ptr + n * c_in_n + at, mask=exists, other=0.0).to(tl.float32)
-        z_i, z_f, z_g, z_o = load_gates(z_ptr + n * z_n, bias_ptr, pixel, ch, exists, C, HAS_BIAS)
+        z_i, z_f, z_g, z_o = load_gates(z_ptr + n * z_n, pixel * (4 * C) + ch, exists, C)
+        if HAS_BIAS:
+            z_i, z_f, z_g, z_o = add_bias(z_i, z_f, z_g, z_o, bias_ptr, ch, C)
         i, f, g, o, c = cell_update(
             z_i, z_f, z_g, z_o, c_before, w_ci_ptr, w_cf_ptr, w_co_ptr, ch, pixel, exists, C, PEEPHOLE, HAS_STATE, ACT,
             FAST,

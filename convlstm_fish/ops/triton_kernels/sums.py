@@ -10,8 +10,8 @@ from torch import Tensor
 
 from convlstm_fish.ops.triton_kernels.gradients import image_gradient, weight_gradients
 from convlstm_fish.ops.triton_kernels.launch import launch
-from convlstm_fish.ops.triton_kernels.layer import Layer, multiprocessors, tile_count
-from convlstm_fish.ops.triton_kernels.tuning import Tile, round_channels
+from convlstm_fish.ops.triton_kernels.layer import Layer, can_shift, multiprocessors, pack, tile_count
+from convlstm_fish.ops.triton_kernels.tuning import Tile, choose_image, round_channels
 
 # Programs that share the sum of a weight's gradient: as many as the larger GPUs run at a time. Each portion of it has
 # sums of its own, up to megabytes, that have to be added up.
@@ -102,6 +102,16 @@ class ImageWeight(NamedTuple):
     kernel: tuple[int, int]
     geometry: dict[str, int]
     tile: Tile
+
+
+def image_weight(layer: Layer, weight: Tensor, tile: Tile | None, geometry: dict[str, int]) -> ImageWeight:
+    """A layer's weight packed for a tile, or for the one that suits it."""
+    tile = tile or choose_image(weight.shape[1], layer.hidden, layer.dtype)
+    kernel = (weight.shape[2], weight.shape[3])
+    if tile.halo and not can_shift(kernel, geometry):
+        tile = tile._replace(halo=0, patch=0)
+    packed = pack(weight, layer, tile.rows_back, tile.channels, True, tile.halo > 0)
+    return ImageWeight(packed, kernel, geometry, tile)
 
 
 def write_image_gradient(

@@ -47,10 +47,15 @@ class DeferredGradients(Gradients):
         if self.wanted:
             self.waiting.append((h, x[:, 0]))
 
-    def add_convolved(self, images: Tensor, da: Tensor) -> None:
+    def add_convolved(self, images: Tensor | None, da: Tensor) -> None:
         """The same with the image of one step."""
-        if self.wanted:
+        if self.wanted and images is not None:
             self.waiting.append((images[0],))
+
+    def add_input(self, x: Tensor, da: Tensor) -> None:
+        """At once, for it is little."""
+        if self.wanted:
+            super().add_input(x, da)
 
     def _take_up(self) -> None:
         frames = self.waiting[::-1]
@@ -100,15 +105,16 @@ class _Pass:
     def _new_image(self, layer: Layer, x: Tensor) -> Tensor:
         assert self.weights.convolved is not None
         if not self.free:
-            one = layer.clips * layer.size[0] * layer.size[1] * (layer.channels + layer.hidden) * x.element_size()
+            channels = self.weights.convolved.weight.shape[1]
+            one = layer.clips * layer.size[0] * layer.size[1] * channels * x.element_size()
             count = max(1, min(_ROOM_BYTES // one, _ROOM_STEPS))
-            self.free = list(self.weights.convolved.new_images(layer, x, count))[::-1]
+            self.free = list(self.weights.convolved.new_images(x, layer.clips, count))[::-1]
         return self.free.pop()
 
-    def image(self, layer: Layer, x: Tensor, h_0: Tensor) -> Tensor:
-        """The image (N, H, W, C + C_h) of x (N, 1, H, W, C) and h_0, which the step before mostly wrote there."""
+    def _image(self, layer: Layer, beside: int, x: Tensor, h_0: Tensor) -> Tensor:
+        """The image (N, H, W, channels) of x (N, 1, H, W, C) and h_0, which the step before mostly wrote there."""
         image, self.upcoming = self.upcoming, None
-        state = None if image is None else image[..., layer.channels :]
+        state = None if image is None else image[..., beside:]
         if (
             image is None
             or state is None
@@ -116,19 +122,21 @@ class _Pass:
             or (state.shape, state.stride()) != (h_0.shape, h_0.stride())
         ):
             image = self._new_image(layer, x)
-            convolved.copy_into(image[..., layer.channels :], h_0)
-        convolved.copy_into(image[..., : layer.channels], x[:, 0])
+            convolved.copy_into(image[..., beside:], h_0)
+        if beside:
+            convolved.copy_into(image[..., :beside], x[:, 0])
         return image
 
     def convolve(
         self, steps: Convolved, layer: Layer, x: Tensor, h_0: Tensor, c_0: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """h and c after a step, its gates before activation and its image."""
-        image = self.image(layer, x, h_0)
-        z, c = steps.new_gates(layer, x, 1), torch.empty_like(c_0)
+        beside = steps.beside
+        image = self._image(layer, beside, x, h_0)
+        z, c = steps.new_gates(x, layer.clips, 1), torch.empty_like(c_0)
         self.upcoming = self._new_image(layer, x)
-        h = self.upcoming[..., layer.channels :]
-        steps.step(image, z[0], c_0, c, None, None, h)
+        h = self.upcoming[..., beside:]
+        steps.step(image, None if beside else x[:, 0], z[0], True, c_0, c, None, None, h)
         return h, c, z, image
 
     def under_way(self, layer: Layer, wanted: bool) -> DeferredGradients:
@@ -178,8 +186,10 @@ class _Step(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.shared, ctx.layer = shared, layer
         if shared.weights.convolved is not None:
+            beside = shared.weights.convolved.beside > 0
+            x = x if beside else x.contiguous()
             h, c, z, image = shared.convolve(shared.weights.convolved, layer, x, h_0, c_0)
-            ctx.save_for_backward(c_0, z, image)
+            ctx.save_for_backward(c_0, z, image, None if beside else x)
             return h, c
         keep = tracked and layer.tiles.keep_gates
         h, c, _, gates = run_forward(layer, shared.weights, x, h_0, c_0, None, None, True, keep)
@@ -196,7 +206,7 @@ class _Step(torch.autograd.Function):
         need_x, need_state = ctx.needs_input_grad[4], any(ctx.needs_input_grad[5:])
         gradients = ctx.shared.under_way(layer, ctx.needs_input_grad[3])
         if weights.convolved is not None:
-            c_0, z, image = ctx.saved_tensors
+            c_0, z, image, x = ctx.saved_tensors
             dx, dh_0, dc_0 = convolved.run_backward(
                 layer,
                 weights.convolved,
@@ -208,7 +218,7 @@ class _Step(torch.autograd.Function):
                 None,
                 z,
                 image[None],
-                None,
+                x,
                 c_0,
                 need_x,
                 need_state,

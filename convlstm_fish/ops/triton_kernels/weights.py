@@ -12,9 +12,9 @@ from convlstm_fish.ops.hopper_kernels.plan import Shape, covers
 from convlstm_fish.ops.hopper_kernels.steps import Steps, Sums
 from convlstm_fish.ops.triton_kernels import convolved
 from convlstm_fish.ops.triton_kernels.convolved import Convolved, ConvolvedSums
-from convlstm_fish.ops.triton_kernels.layer import Layer, can_shift, multiprocessors, pack, peephole_kind
-from convlstm_fish.ops.triton_kernels.sums import ImageWeight, WeightSums
-from convlstm_fish.ops.triton_kernels.tuning import Tile, choose_image
+from convlstm_fish.ops.triton_kernels.layer import Layer, multiprocessors, pack, peephole_kind
+from convlstm_fish.ops.triton_kernels.sums import ImageWeight, WeightSums, image_weight
+from convlstm_fish.ops.triton_kernels.tuning import Tile
 
 # The gates' gradients of so many bytes are kept until the weights' gradients take them up.
 CHUNK_BYTES = 512 << 20
@@ -85,21 +85,12 @@ class Weights:
     @cached_property
     def image_x(self) -> ImageWeight:
         """W_ih for the gradient of the input."""
-        return self._image(self.weight_ih, self.layer.tiles.image, self.layer.convolution())
+        return image_weight(self.layer, self.weight_ih, self.layer.tiles.image, self.layer.convolution())
 
     @cached_property
     def image_h(self) -> ImageWeight:
         """W_hh for the gradient of h_0."""
-        return self._image(self.weight_hh, None, self.layer.recurrence())
-
-    def _image(self, weight: Tensor, tile: Tile | None, geometry: dict[str, int]) -> ImageWeight:
-        layer = self.layer
-        tile = tile or choose_image(weight.shape[1], layer.hidden, layer.dtype)
-        kernel = (weight.shape[2], weight.shape[3])
-        if tile.halo and not can_shift(kernel, geometry):
-            tile = tile._replace(halo=0, patch=0)
-        packed = pack(weight, layer, tile.rows_back, tile.channels, True, tile.halo > 0)
-        return ImageWeight(packed, kernel, geometry, tile)
+        return image_weight(self.layer, self.weight_hh, None, self.layer.recurrence())
 
 
 class Gradients:
@@ -138,7 +129,7 @@ class Gradients:
     def room(self, layer: Layer, x: Tensor, steps: int) -> Tensor:
         """Memory for the gates' gradients of so many steps, (N, steps, ...) or of a convolved layer (steps, N, ...)."""
         if self.weights.convolved is not None:
-            return self.weights.convolved.new_gates(layer, x, steps)
+            return self.weights.convolved.new_gates(x, layer.clips, steps)
         if self.weights.steps is not None:
             return self.weights.steps.new_da(x, layer.clips, steps)
         return x.new_empty(layer.clips, steps, *layer.size, 4 * layer.hidden)
@@ -152,11 +143,18 @@ class Gradients:
             assert not isinstance(each, ConvolvedSums)
             each.add(h, h_t, with_h, x, mask, da, first, steps, lengths)
 
-    def add_convolved(self, images: Tensor, da: Tensor) -> None:
-        """The same of a convolved layer; see :meth:`ConvolvedSums.add`."""
+    def add_convolved(self, images: Tensor | None, da: Tensor) -> None:
+        """The same of a convolved layer, see :meth:`ConvolvedSums.add`; the first step may have no image."""
         for each in self.sums:
             assert isinstance(each, ConvolvedSums)
-            each.add(images, da)
+            if images is not None:
+                each.add(images, da)
+
+    def add_input(self, x: Tensor, da: Tensor) -> None:
+        """And of an input that does not lie in the images; see :meth:`ConvolvedSums.add_input`."""
+        for each in self.sums:
+            assert isinstance(each, ConvolvedSums)
+            each.add_input(x, da)
 
     def results(self) -> list[Tensor]:
         """The gradients of W_ih and W_hh, then of the bias and of the three peepholes, if any."""
