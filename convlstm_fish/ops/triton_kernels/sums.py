@@ -23,6 +23,10 @@ class WeightSums:
 
     def __init__(self, layer: Layer, weight_hh: Tensor | None, weight_ih: Tensor | None) -> None:
         tile = layer.tiles.weight
+        weights = [w for w in (weight_hh, weight_ih) if w is not None]
+        if len(weights) == 1:  # whose rows may be fewer than a program takes
+            rows = weights[0].shape[2] * weights[0].shape[3] * round_channels(weights[0].shape[1])
+            tile = tile._replace(rows=min(tile.rows, max(16, triton.next_power_of_2(rows))))
         self.layer, self.tile, self.weight_hh, self.weight_ih = layer, tile, weight_hh, weight_ih
         self.blocks_h, self.blocks_x = (
             0 if w is None else triton.cdiv(w.shape[2] * w.shape[3] * round_channels(w.shape[1]), tile.rows)
