@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from convlstm_fish.ops import conv_lstm, conv_lstm_reference
+from convlstm_fish.ops import channels_last, conv_lstm, conv_lstm_reference
 from convlstm_fish.ops.channels_last import conv_lstm_channels_last, covers
 
 CASES: dict[str, dict[str, Any]] = {
@@ -67,7 +67,11 @@ def gradients(values: dict[str, Tensor], leaves: dict[str, Tensor], **options: A
 
 @pytest.mark.parametrize("frozen", [(), ("x",), ("x", "h_0", "c_0"), ("weight_ih", "bias")])
 @pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients_of_the_reference(name: str, frozen: tuple[str, ...], poisoned: None) -> None:
+@pytest.mark.parametrize("planes", [False, True])
+def test_values_and_gradients_of_the_reference(
+    planes: bool, name: str, frozen: tuple[str, ...], poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channels_last, "_by_planes", lambda _: planes)
     leaves, mask, options = make(**CASES[name])
     leaves = {k: v.double().requires_grad_(k not in frozen) for k, v in leaves.items()}
     mask = None if mask is None else mask.double()
