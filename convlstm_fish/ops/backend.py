@@ -174,11 +174,11 @@ def unroll(
 
     if backend == "reference" or torch.compiler.is_compiling() or exporting():
         return plain
-    fused: Callable[[Tensor, State], State] | None = None
+    fused: Callable[[Tensor, State | None], State] | None = None
 
     def step(x: Tensor, hx: State | None) -> State:
         nonlocal fused
-        if hx is None or (backend == "auto" and x.device.type != "cuda"):
+        if backend == "auto" and x.device.type != "cuda":
             return plain(x, hx)
         if triton_unsupported(x.unsqueeze(1), hx, *weights, norm=norm, **options) is not None:
             return plain(x, hx)

@@ -198,6 +198,19 @@ def test_unrolled(name: str, dtype: str, poisoned: None, precision: Callable[[bo
 
 
 @interpreted
+@pytest.mark.parametrize(("channels", "hidden"), [(3, 5), (3, 64), (16, 64)])
+def test_unrolled_from_no_state(channels: int, hidden: int, poisoned: None, precision: Callable[[bool], None]) -> None:
+    precision(False)
+    a = {k: v.float().requires_grad_() for k, v in make(Case(1, 1, channels, 5, 4, hidden))["arguments"].items()}
+    leaves = [a["x"], a["weight_ih"], a["bias"]]
+    found, truth = [], []
+    for results, backend in ((found, "triton"), (truth, "reference")):
+        h, c = unroll(a["weight_ih"], a["weight_hh"], a["bias"], backend=backend)(a["x"][:, 0], None)
+        results += [h, c, *torch.autograd.grad(h.sum() + c.square().sum(), leaves)]
+    assert all(relative_error(ours, theirs.double()) < TOLERANCE["float32"] for ours, theirs in zip(found, truth))
+
+
+@interpreted
 def test_unrolled_passes_stand_alone(precision: Callable[[bool], None]) -> None:
     precision(False)
     a = {k: v.float().requires_grad_() for k, v in make(UNROLLED["plain"])["arguments"].items()}
@@ -257,7 +270,7 @@ def test_unrolled_images_are_read_as_sequences(
     precision(False)
     truth = two_layers(device, torch.float64, "reference")
     found = two_layers(device, torch.float32, "triton")
-    assert sorted(added) == [1, 1, 5, 5]  # a step without a state before it is a call of its own
+    assert sorted(added) == [1, 1, 5, 5]  # a step without a state before it has no such image
     assert all(relative_error(ours, theirs) < TOLERANCE["float32"] for ours, theirs in zip(found, truth))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from convlstm_fish.ops.checks import ACTIVATIONS, check_arguments
 from convlstm_fish.ops.equations import Norm
 from convlstm_fish.ops.geometry import Geometry, Padding
-from convlstm_fish.ops.triton_kernels.layer import make_layer
+from convlstm_fish.ops.triton_kernels.layer import Layer, make_layer
 from convlstm_fish.ops.triton_kernels.operators import conv_lstm_forward
 from convlstm_fish.ops.triton_kernels.transpose import few_channels_last, suits
 from convlstm_fish.ops.triton_kernels.unrolled import Unrolled
@@ -83,7 +83,7 @@ def _peephole(peephole: tuple[Tensor, Tensor, Tensor] | None, where: Geometry) -
 
 
 class UnrollTriton:
-    """:func:`convlstm_fish.ops.unroll` in Triton kernels; see there. A call needs a state.
+    """:func:`convlstm_fish.ops.unroll` in Triton kernels; see there.
 
     Raises:
         ValueError: an argument that does not fit, named with its value.
@@ -107,30 +107,47 @@ class UnrollTriton:
         self._geometry: Any = {"stride": stride, "padding": padding, "dilation": dilation}
         self._all = [weight_ih, weight_hh, *([] if bias is None else [bias]), *(peephole or ())]
         self._versions = [p._version for p in self._all]
-        self._unrolled: dict[Any, Unrolled] = {}
+        self._unrolled: dict[Any, tuple[Unrolled, Layer]] = {}
 
-    def __call__(self, input: Tensor, hx: State) -> State:
+    def __call__(self, input: Tensor, hx: State | None) -> State:
         """The state after a step on (N, C, H, W)."""
+        if [p._version for p in self._all] != self._versions:
+            raise RuntimeError("the weights have changed since the first step; unroll the layer again")
+        dtype, tf32 = _compute_dtype(input), torch.backends.cudnn.allow_tf32
+        of_state = None if hx is None else tuple((t.shape, t.dtype, t.device) for t in hx)
+        key = (input.shape, input.dtype, input.device, of_state, dtype, tf32, torch.is_grad_enabled())
+        if key not in self._unrolled:
+            self._unrolled[key] = self._make(input, hx, dtype, tf32)
+        unrolled, layer = self._unrolled[key]
+        x, state = input.to(dtype).permute(0, 2, 3, 1).unsqueeze(1), None
+        convolved = unrolled.shared.weights.convolved is not None
+        if not convolved:
+            x = _channels_last(input, dtype).unsqueeze(1)
+        if hx is not None:
+            h = hx[0].to(dtype).permute(0, 2, 3, 1) if convolved else _channels_last(hx[0], dtype)
+            state = h, _channels_last(hx[1], torch.float32)
+        elif not convolved:
+            frame = (layer.clips, *layer.size, layer.hidden)
+            state = x.new_zeros(frame), x.new_zeros(frame, dtype=torch.float32)
+        h, c = unrolled(layer, x, *(state or (None, None)))
+        return h.permute(0, 3, 1, 2), c.permute(0, 3, 1, 2)
+
+    def _make(self, input: Tensor, hx: State | None, dtype: torch.dtype, tf32: bool) -> tuple[Unrolled, Layer]:
+        """For calls of one kind; steps with and without a state share what the weights need."""
         weight_ih, weight_hh, bias, peephole = self.parameters
         where = check_arguments(
             input.unsqueeze(1), hx, *self.parameters, **self._geometry, recurrent_activation=self.activation,
             recurrent_mask=None, lengths=None,
         )  # fmt: skip
-        if [p._version for p in self._all] != self._versions:
-            raise RuntimeError("the weights have changed since the first step; unroll the layer again")
-        dtype = _compute_dtype(input)
-        x, h = input.to(dtype).permute(0, 2, 3, 1).unsqueeze(1), hx[0].to(dtype).permute(0, 2, 3, 1)
+        x = input.to(dtype).permute(0, 2, 3, 1).unsqueeze(1)
         layer = make_layer(
             x, weight_ih, weight_hh, where.out, where.stride, [before for before, _ in where.pads], where.dilation,
-            ACTIVATIONS.index(self.activation), torch.backends.cudnn.allow_tf32, False,
+            ACTIVATIONS.index(self.activation), tf32, False,
         )  # fmt: skip
-        key = (dtype, layer.precision, tuple(x.shape), torch.is_grad_enabled())
-        if key not in self._unrolled:
-            self._unrolled[key] = Unrolled(layer, weight_ih, weight_hh, bias, *_peephole(peephole, where))
-        if self._unrolled[key].shared.weights.convolved is None:
-            x, h = _channels_last(input, dtype).unsqueeze(1), _channels_last(hx[0], dtype)
-        h, c = self._unrolled[key](layer, x, h, _channels_last(hx[1], torch.float32))
-        return h.permute(0, 3, 1, 2), c.permute(0, 3, 1, 2)
+        for unrolled, known in self._unrolled.values():
+            if known == layer and unrolled.tracked == torch.is_grad_enabled():
+                return unrolled, layer
+        return Unrolled(layer, weight_ih, weight_hh, bias, *_peephole(peephole, where)), layer
 
 
 def conv_lstm_triton(

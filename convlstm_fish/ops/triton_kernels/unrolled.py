@@ -88,6 +88,7 @@ class DeferredGradients(Gradients):
 def _follows(image: Tensor, after: Tensor) -> bool:
     """Whether one image lies right behind another in the same memory."""
     same = image.untyped_storage().data_ptr() == after.untyped_storage().data_ptr()
+    same = same and image.shape == after.shape
     return same and int(image.storage_offset()) + image.numel() == int(after.storage_offset())
 
 
@@ -128,16 +129,22 @@ class _Pass:
         return image
 
     def convolve(
-        self, steps: Convolved, layer: Layer, x: Tensor, h_0: Tensor, c_0: Tensor
+        self, steps: Convolved, layer: Layer, x: Tensor, h_0: Tensor | None, c_0: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """h and c after a step, its gates before activation and its image."""
-        beside = steps.beside
-        image = self._image(layer, beside, x, h_0)
-        z, c = steps.new_gates(x, layer.clips, 1), torch.empty_like(c_0)
+        """h and c after a step, its gates before activation, and its image (1, N, H, W, channels) if it has a state."""
+        z = steps.new_gates(x, layer.clips, 1)
+        c = x.new_empty((layer.clips, *layer.size, layer.hidden), dtype=torch.float32)
+        image: Tensor | None
+        if h_0 is not None:
+            image = self._image(layer, steps.beside, x, h_0)
+            images = image[None]
+        else:
+            image = x[:, 0] if steps.beside else None
+            images = steps.new_images(x, layer.clips, 0)
         self.upcoming = self._new_image(layer, x)
-        h = self.upcoming[..., beside:]
-        steps.step(image, None if beside else x[:, 0], z[0], True, c_0, c, None, None, h)
-        return h, c, z, image
+        h = self.upcoming[..., steps.beside :]
+        steps.step(image, None if steps.beside else x[:, 0], z[0], True, c_0, c, None, None, h)
+        return h, c, z, images
 
     def under_way(self, layer: Layer, wanted: bool) -> DeferredGradients:
         """The sums of this backward pass. One that never asked for the weights' gradients left its own behind."""
@@ -179,17 +186,18 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, shared: _Pass, layer: Layer, tracked: bool, parameters: Tensor, x: Tensor, h_0: Tensor, c_0: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, shared: _Pass, layer: Layer, tracked: bool, parameters: Tensor, x: Tensor, h_0: Tensor | None,
+        c_0: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """h_1 and c_1."""
         shared.steps += tracked
         ctx.set_materialize_grads(False)
         ctx.shared, ctx.layer = shared, layer
         if shared.weights.convolved is not None:
-            beside = shared.weights.convolved.beside > 0
-            x = x if beside else x.contiguous()
-            h, c, z, image = shared.convolve(shared.weights.convolved, layer, x, h_0, c_0)
-            ctx.save_for_backward(c_0, z, image, None if beside else x)
+            in_image = h_0 is not None and shared.weights.convolved.beside > 0
+            x = x if in_image else x.contiguous()
+            h, c, z, images = shared.convolve(shared.weights.convolved, layer, x, h_0, c_0)
+            ctx.save_for_backward(c_0, z, images, None if in_image else x)
             return h, c
         keep = tracked and layer.tiles.keep_gates
         h, c, _, gates = run_forward(layer, shared.weights, x, h_0, c_0, None, None, True, keep)
@@ -206,7 +214,7 @@ class _Step(torch.autograd.Function):
         need_x, need_state = ctx.needs_input_grad[4], any(ctx.needs_input_grad[5:])
         gradients = ctx.shared.under_way(layer, ctx.needs_input_grad[3])
         if weights.convolved is not None:
-            c_0, z, image, x = ctx.saved_tensors
+            c_0, z, images, x = ctx.saved_tensors
             dx, dh_0, dc_0 = convolved.run_backward(
                 layer,
                 weights.convolved,
@@ -217,7 +225,7 @@ class _Step(torch.autograd.Function):
                 dc,
                 None,
                 z,
-                image[None],
+                images,
                 x,
                 c_0,
                 need_x,
@@ -243,10 +251,12 @@ class Unrolled:
     def __init__(self, layer: Layer, *parameters: Tensor | None) -> None:
         weights = Weights(layer, *[p if p is None else p.detach() for p in parameters], plain=True)  # type: ignore[arg-type]
         self.shared = _Pass(weights)
+        self.tracked = torch.is_grad_enabled()
         self.parameters: Tensor = _Parameters.apply(self.shared, *parameters)
 
-    def __call__(self, layer: Layer, x: Tensor, h_0: Tensor, c_0: Tensor) -> tuple[Tensor, Tensor]:
-        """h_1 and c_1, (N, H', W', C_h), from x (N, 1, H, W, C) and the state before."""
-        tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (self.parameters, x, h_0, c_0))
+    def __call__(self, layer: Layer, x: Tensor, h_0: Tensor | None, c_0: Tensor | None) -> tuple[Tensor, Tensor]:
+        """h_1 and c_1, (N, H', W', C_h), from x (N, 1, H, W, C) and the state; a convolved layer can do without."""
+        given = [t for t in (self.parameters, x, h_0, c_0) if t is not None]
+        tracked = torch.is_grad_enabled() and any(t.requires_grad for t in given)
         result: tuple[Tensor, Tensor] = _Step.apply(self.shared, layer, tracked, self.parameters, x, h_0, c_0)
         return result
