@@ -24,8 +24,10 @@ ROWS = {
     "frame_prediction_openstl_16_bfloat16": "ConvLSTM-S, training, batch 16",
     "frame_prediction_openstl_128_bfloat16": "ConvLSTM-S, training, batch 128",
     "training_step_4_float32_cpu": "visionary-serenity, training, batch 4, float32",
+    "training_step_4_float32_cpu_avx2": "the same on an older processor, AVX2",
     "training_step_4_bfloat16_cpu": "visionary-serenity, training, batch 4, bfloat16",
     "inference_4_float32_cpu": "visionary-serenity, inference, batch 4, float32",
+    "inference_4_float32_cpu_avx2": "the same on an older processor, AVX2",
     "inference_4_bfloat16_cpu": "visionary-serenity, inference, batch 4, bfloat16",
 }
 
@@ -96,7 +98,8 @@ def main() -> None:
             heights = [rate(row, graphed) if not graphed or "graph_per_second" in row else 0.0 for row in rows.values()]
             axis.bar([k + offset for k in range(len(rows))], heights, 0.4, color=colour)
         axis.set_xticks(range(len(rows)), list(rows), rotation=60, ha="right", fontsize=7)
-        axis.set_title(f"{ROWS[name]}\n{result['machine']['device']}", fontsize=7)
+        title = ROWS[name].replace(", ", "\n", 1)
+        axis.set_title(f"{title}\n{result['machine']['device']}", fontsize=7)
         axis.tick_params(axis="y", labelsize=7)
     for axis in axes.flat[len(found) :]:
         axis.remove()
