@@ -1,8 +1,8 @@
 """``python main.py fit`` as users run it: clips a second of an epoch, against the bare training step and over GPUs.
 
-The published epoch, 179,456 clips, on a recording of 25 simulated minutes; and two GPUs against one:
+The published epoch, 179,456 clips, on a recording of 30 simulated minutes; and two GPUs against one:
 
-    python tests/benchmarks/fit_rate.py --config fish_serenity --batch 64
+    python tests/benchmarks/fit_rate.py --config fish_serenity --batch 64 --steps 2804
     python tests/benchmarks/fit_rate.py --config moving_mnist --batch 16 --gpus 1 2 --steps 600 \
         --fit=--data.train_size=19200 --fit=--trainer.callbacks=null
 

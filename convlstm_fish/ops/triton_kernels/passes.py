@@ -20,8 +20,9 @@ def run_forward(
     layer: Layer, weights: Weights, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, mask: Tensor | None,
     lengths: Tensor | None, keep_h: bool, keep_c: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Runs the steps of a layer that is not convolved. Channels last throughout: x (N, T, H, W, C), states
-    (N, H', W', C_h), mask the same.
+    """Runs the steps of a layer that is not convolved.
+
+    Channels last throughout: x (N, T, H, W, C), states (N, H', W', C_h), mask the same.
 
     Returns:
         h of every step (N, T, H', W', C_h), or without ``keep_h`` (N, 2, H', W', C_h), where step s lies at s % 2; c_n;

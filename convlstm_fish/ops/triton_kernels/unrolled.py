@@ -216,20 +216,7 @@ class _Step(torch.autograd.Function):
         if weights.convolved is not None:
             c_0, z, images, x = ctx.saved_tensors
             dx, dh_0, dc_0 = convolved.run_backward(
-                layer,
-                weights.convolved,
-                gradients,
-                1,
-                None,
-                dh,
-                dc,
-                None,
-                z,
-                images,
-                x,
-                c_0,
-                need_x,
-                need_state,
+                layer, weights.convolved, gradients, 1, None, dh, dc, None, z, images, x, c_0, need_x, need_state
             )
         else:
             x, h_0, c_0, gates = ctx.saved_tensors
