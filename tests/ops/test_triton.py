@@ -198,6 +198,30 @@ def test_unrolled(name: str, dtype: str, poisoned: None, precision: Callable[[bo
 
 
 @interpreted
+@pytest.mark.parametrize(("channels", "hidden", "state"), [(3, 5, True), (3, 64, True), (16, 64, False)])
+def test_operators_foretell_their_results(channels: int, hidden: int, state: bool) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from convlstm_fish.ops.triton_kernels.operators import _backward, conv_lstm_forward
+
+    def agree(operator: Any, *args: Any) -> Any:
+        found = operator(*args)
+        with FakeTensorMode() as mode:
+            told = operator(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
+        assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in told]
+        assert all(one.stride() == other.stride() for one, other in zip(found, told) if one.numel())
+        return found
+
+    a = {k: v.float() for k, v in make(Case(2, 2, channels, 2, 3, hidden))["arguments"].items()}
+    x, *hx = (a[k].movedim(-3, -1).contiguous() for k in ("x", "h_0", "c_0"))
+    tensors = (x, *(hx if state else (None, None)), a["weight_ih"], a["weight_hh"], a["bias"], *[None] * 5)
+    options = ([2, 3], [1, 1], [1, 1], [1, 1], 0, False, False)
+    agree(conv_lstm_forward, *tensors, *options, False, False)
+    h, h_n, _, *kept = agree(conv_lstm_forward, *tensors, *options, True, True)
+    agree(_backward, torch.ones_like(h), torch.ones_like(h_n), None, h, *kept, *tensors, *options, True, state)
+
+
+@interpreted
 @pytest.mark.parametrize(("channels", "hidden"), [(3, 5), (3, 64), (16, 64)])
 def test_unrolled_from_no_state(channels: int, hidden: int, poisoned: None, precision: Callable[[bool], None]) -> None:
     precision(False)
