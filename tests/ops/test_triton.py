@@ -181,7 +181,7 @@ def test_unrolled_in_the_interpreter(name: str, poisoned: None, precision: Calla
 def test_unrolled_with_room_for_few_steps(
     poisoned: None, precision: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from convlstm_fish.ops.triton_kernels import unrolled as module
+    from convlstm_fish.ops.triton_kernels import weights as module
 
     monkeypatch.setattr(module, "CHUNK_BYTES", 2 * 2 * 5 * 4 * 4 * 5 * 4)  # two steps
     precision(False)

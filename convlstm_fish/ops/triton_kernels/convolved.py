@@ -50,16 +50,14 @@ def _first(image: Tensor) -> Tensor:
     return image.permute(0, 3, 1, 2)
 
 
-def _evenly(image: Tensor) -> Tensor:
-    """(N, H, W, C) whose pixels lie equally far apart in a clip; a copy if they do not."""
-    even = image.stride(3) == 1 and image.stride(1) == image.shape[2] * image.stride(2)
-    return image if even else image.contiguous()
+def _is_even(image: Tensor) -> bool:
+    """Whether the pixels of (N, H, W, C) lie equally far apart in a clip."""
+    return image.stride(3) == 1 and image.stride(1) == image.shape[2] * image.stride(2)
 
 
 def copy_into(target: Tensor, source: Tensor) -> None:
     """Copies (N, H, W, C), past autograd, which would take it for a change of what else lies in the target's memory."""
-    even = all(t.stride(3) == 1 and t.stride(1) == t.shape[2] * t.stride(2) for t in (target, source))
-    if target.dtype != source.dtype or not even:
+    if target.dtype != source.dtype or not (_is_even(target) and _is_even(source)):
         target.data.copy_(source)
         return
     clips, height, width, channels = target.shape
@@ -86,6 +84,7 @@ class Convolved:
         self.peephole = peephole
         self.padding = [k // 2 for k in layer.kernel]
         self.parts = triton.cdiv(layer.size[0] * layer.size[1], _BACKWARD[0] * _ROUNDS)
+        self.bias_rows = layer.clips * self.parts
         every = layer.constants()
         self.constants = {key: every[key] for key in ("H", "W", "C", "ACT", "FAST")} | {
             "PEEPHOLE": peephole_kind(peephole[0]), "HAS_BIAS": bias is not None,
@@ -112,13 +111,13 @@ class Convolved:
         """For images, or without a state for the input alone."""
         return self.weight if images.shape[-1] == self.weight.shape[1] else self._weight_x
 
-    def new_images(self, x: Tensor, clips: int, steps: int) -> Tensor:
+    def new_images(self, x: Tensor, steps: int) -> Tensor:
         """Memory (steps, N, H, W, channels) for the images of some steps."""
-        return x.new_empty(steps, clips, *self.layer.size, self.weight.shape[1])
+        return x.new_empty(steps, self.layer.clips, *self.layer.size, self.weight.shape[1])
 
-    def new_gates(self, x: Tensor, clips: int, steps: int) -> Tensor:
+    def new_gates(self, x: Tensor, steps: int) -> Tensor:
         """Memory (steps, N, H, W, 4 * C_h) for gates before activation, or their gradients."""
-        return x.new_empty(steps, clips, *self.layer.size, 4 * self.layer.hidden)
+        return x.new_empty(steps, self.layer.clips, *self.layer.size, 4 * self.layer.hidden)
 
     def step(
         self, image: Tensor | None, x: Tensor | None, z: Tensor, save_z: bool, c_in: Tensor | None, c_out: Tensor,
@@ -190,7 +189,7 @@ class Convolved:
 
     def input_gradient(self, da: Tensor, dx: Tensor) -> None:
         """Writes that of an input that does not lie in the images, both (N, H, W, ...)."""
-        one = self.layer._replace(clips=da.shape[0], steps=1, reverse=False)
+        one = self.layer._replace(steps=1, reverse=False)
         write_image_gradient(one, self._image_x, da.unsqueeze(1), dx, 0, None, 0, 1, None)
 
     def weight_gradient(self, da: Tensor, images: Tensor) -> Tensor:
@@ -203,15 +202,13 @@ class ConvolvedSums:
 
     def __init__(self, convolved: Convolved) -> None:
         self.convolved = convolved
-        self.sums: Tensor | None = None
+        self.sums = torch.zeros_like(convolved.weight, dtype=torch.float32)
         self.sums_x = None
         if not convolved.beside:
             self.sums_x = WeightSums(convolved.layer._replace(reverse=False), None, convolved.weight_ih)
 
     def add(self, images: Tensor, da: Tensor) -> None:
         """Adds those of some steps, each (steps, N, H, W, ...)."""
-        if self.sums is None:
-            self.sums = torch.zeros_like(self.convolved.weight, dtype=torch.float32)
         self.sums[:, : images.shape[-1]] += self.convolved.weight_gradient(da, images)
 
     def add_input(self, x: Tensor, da: Tensor) -> None:
@@ -223,15 +220,14 @@ class ConvolvedSums:
     def results(self) -> list[Tensor]:
         """The gradients of W_hh and W_ih in their own layout and dtype."""
         weights = self.convolved.weight_hh, self.convolved.weight_ih
-        sums = torch.zeros_like(self.convolved.weight) if self.sums is None else self.sums
         cut = self.convolved.beside
-        parts = sums[:, cut:], sums[:, :cut]
+        parts = self.sums[:, cut:], self.sums[:, :cut]
         found = [p.to(w.dtype, memory_format=torch.contiguous_format).contiguous() for p, w in zip(parts, weights)]
         return found if self.sums_x is None else [found[0], *self.sums_x.results()]
 
 
 def run_forward(
-    layer: Layer, convolved: Convolved, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, keep_h: bool, keep_c: bool
+    convolved: Convolved, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, keep_h: bool, keep_c: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Runs the steps on x (N, T, H, W, C); see :func:`convlstm_fish.ops.triton_kernels.passes.run_forward`.
 
@@ -240,14 +236,15 @@ def run_forward(
         activation, (T, N, H, W, 4 * C_h), and the images (T, N, H, W, channels). Without h_0 the first step has no
         image, for it reads x alone.
     """
-    clips, steps, beside = layer.clips, layer.steps, convolved.beside
+    layer, beside = convolved.layer, convolved.beside
+    clips, steps = layer.clips, layer.steps
     frame = (*layer.size, layer.hidden)
     h = x.new_empty(clips, steps if keep_h else 2, *frame)
     c = x.new_empty((clips, *frame), dtype=torch.float32)
     cells = x.new_empty((clips, steps, *frame) if keep_c else (0,))
     skipped = int(h_0 is None)
-    z = convolved.new_gates(x, clips, steps if keep_c else 1)
-    images = convolved.new_images(x, clips, steps - skipped if keep_c else 1)
+    z = convolved.new_gates(x, steps if keep_c else 1)
+    images = convolved.new_images(x, steps - skipped if keep_c else 1)
     place = lambda s: images[s - skipped if keep_c else 0]  # noqa: E731
     c_in = c_0
     for s in range(steps):
@@ -272,9 +269,9 @@ def run_forward(
 
 
 def run_backward(
-    layer: Layer, convolved: Convolved, gradients: Any, chunk: int, dout: Tensor | None, dh_n: Tensor | None,
-    dc_n: Tensor | None, cells: Tensor | None, z: Tensor, images: Tensor, x: Tensor | None, c_0: Tensor | None,
-    need_x: bool, need_state: bool,
+    convolved: Convolved, gradients: Any, chunk: int, dout: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None,
+    cells: Tensor | None, z: Tensor, images: Tensor, x: Tensor | None, c_0: Tensor | None, need_x: bool,
+    need_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Adds to the gradients of the parameters, whose sums take up ``chunk`` steps at a time.
 
@@ -283,9 +280,10 @@ def run_backward(
     Returns:
         The gradients of x, h_0 and c_0, empty unless needed.
     """
-    steps, beside = layer.steps, convolved.beside
+    layer, beside = convolved.layer, convolved.beside
+    steps = layer.steps
     dout, dc_in = (None if t is None else t.contiguous() for t in (dout, dc_n))
-    dh = None if dh_n is None else _evenly(dh_n)
+    dh = dh_n if dh_n is None or _is_even(dh_n) else dh_n.contiguous()
     dc = torch.empty((layer.clips, *layer.size, layer.hidden), dtype=torch.float32, device=z.device)
     own_dx = need_x and (steps > 1 or not beside)
     dx = z.new_empty((layer.clips, steps, *layer.size_in, layer.channels) if own_dx else (0,))
@@ -317,6 +315,7 @@ def run_backward(
             gradients.add_input(x[:, t].unsqueeze(0), da_s.unsqueeze(0))
         waiting += 1
         if waiting == da.shape[0]:
-            gradients.add_convolved(None if those is None else those[:waiting], da)
+            if those is not None:
+                gradients.add_convolved(those[:waiting], da)
             waiting = 0
     return (dx, dh, dc) if need_state and dh is not None else (dx, z.new_empty(0), dc.new_empty(0))

@@ -71,6 +71,11 @@ def _channels_last(image: Tensor, dtype: torch.dtype) -> Tensor:
     return image.to(dtype=dtype, memory_format=torch.channels_last).permute(0, 2, 3, 1).contiguous()
 
 
+def _channels_as_last(image: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, C, H, W) as a view (N, H, W, C), cast."""
+    return image.to(dtype).permute(0, 2, 3, 1)
+
+
 def _peephole(peephole: tuple[Tensor, Tensor, Tensor] | None, where: Geometry) -> list[Tensor | None]:
     """Three weights, (C_h,) or (H', W', C_h) each, or three None."""
     if peephole is None:
@@ -107,7 +112,8 @@ class UnrollTriton:
         self._geometry: Any = {"stride": stride, "padding": padding, "dilation": dilation}
         self._all = [weight_ih, weight_hh, *([] if bias is None else [bias]), *(peephole or ())]
         self._versions = [p._version for p in self._all]
-        self._unrolled: dict[Any, tuple[Unrolled, Layer]] = {}
+        self._unrolled: dict[Any, Unrolled] = {}  # by what of a call decides
+        self._made: dict[tuple[Layer, bool], Unrolled] = {}  # steps with and without a state share theirs
 
     def __call__(self, input: Tensor, hx: State | None) -> State:
         """The state after a step on (N, C, H, W)."""
@@ -118,36 +124,36 @@ class UnrollTriton:
         key = (input.shape, input.dtype, input.device, of_state, dtype, tf32, torch.is_grad_enabled())
         if key not in self._unrolled:
             self._unrolled[key] = self._make(input, hx, dtype, tf32)
-        unrolled, layer = self._unrolled[key]
-        x, state = input.to(dtype).permute(0, 2, 3, 1).unsqueeze(1), None
-        convolved = unrolled.shared.weights.convolved is not None
-        if not convolved:
-            x = _channels_last(input, dtype).unsqueeze(1)
+        unrolled = self._unrolled[key]
+        weights = unrolled.shared.weights
+        # A convolved layer copies x and h into its images, however they lie.
+        lay = _channels_last if weights.convolved is None else _channels_as_last
+        x = lay(input, dtype).unsqueeze(1)
+        h_0 = c_0 = None
         if hx is not None:
-            h = hx[0].to(dtype).permute(0, 2, 3, 1) if convolved else _channels_last(hx[0], dtype)
-            state = h, _channels_last(hx[1], torch.float32)
-        elif not convolved:
-            frame = (layer.clips, *layer.size, layer.hidden)
-            state = x.new_zeros(frame), x.new_zeros(frame, dtype=torch.float32)
-        h, c = unrolled(layer, x, *(state or (None, None)))
+            h_0, c_0 = lay(hx[0], dtype), _channels_last(hx[1], torch.float32)
+        elif weights.convolved is None:
+            frame = (weights.layer.clips, *weights.layer.size, weights.layer.hidden)
+            h_0, c_0 = x.new_zeros(frame), x.new_zeros(frame, dtype=torch.float32)
+        h, c = unrolled(x, h_0, c_0)
         return h.permute(0, 3, 1, 2), c.permute(0, 3, 1, 2)
 
-    def _make(self, input: Tensor, hx: State | None, dtype: torch.dtype, tf32: bool) -> tuple[Unrolled, Layer]:
-        """For calls of one kind; steps with and without a state share what the weights need."""
+    def _make(self, input: Tensor, hx: State | None, dtype: torch.dtype, tf32: bool) -> Unrolled:
+        """For calls of one kind."""
         weight_ih, weight_hh, bias, peephole = self.parameters
         where = check_arguments(
             input.unsqueeze(1), hx, *self.parameters, **self._geometry, recurrent_activation=self.activation,
             recurrent_mask=None, lengths=None,
         )  # fmt: skip
-        x = input.to(dtype).permute(0, 2, 3, 1).unsqueeze(1)
+        x = _channels_as_last(input, dtype).unsqueeze(1)
         layer = make_layer(
             x, weight_ih, weight_hh, where.out, where.stride, [before for before, _ in where.pads], where.dilation,
             ACTIVATIONS.index(self.activation), tf32, False,
         )  # fmt: skip
-        for unrolled, known in self._unrolled.values():
-            if known == layer and unrolled.tracked == torch.is_grad_enabled():
-                return unrolled, layer
-        return Unrolled(layer, weight_ih, weight_hh, bias, *_peephole(peephole, where)), layer
+        kind = (layer, torch.is_grad_enabled())
+        if kind not in self._made:
+            self._made[kind] = Unrolled(layer, weight_ih, weight_hh, bias, *_peephole(peephole, where))
+        return self._made[kind]
 
 
 def conv_lstm_triton(

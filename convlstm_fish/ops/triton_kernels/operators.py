@@ -10,7 +10,7 @@ from torch import Tensor
 from convlstm_fish.ops.triton_kernels import convolved
 from convlstm_fish.ops.triton_kernels.layer import gate_dtype, make_layer
 from convlstm_fish.ops.triton_kernels.passes import run_backward, run_forward
-from convlstm_fish.ops.triton_kernels.weights import CHUNK_BYTES, Gradients, Weights
+from convlstm_fish.ops.triton_kernels.weights import Gradients, Weights, chunk_steps
 
 
 def _last(sequence: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:
@@ -42,7 +42,7 @@ def conv_lstm_forward(
     weights = Weights(layer, weight_ih, weight_hh, bias, w_ci, w_cf, w_co, plain=plain)
     images = x.new_empty(0)
     if weights.convolved is not None:
-        h, c, cells, gates, images = convolved.run_forward(layer, weights.convolved, x, h_0, c_0, keep_h, keep_c)
+        h, c, cells, gates, images = convolved.run_forward(weights.convolved, x, h_0, c_0, keep_h, keep_c)
     else:
         h, c, cells, gates = run_forward(layer, weights, x, h_0, c_0, mask, lengths, keep_h, keep_c)
     if keep_h:
@@ -98,8 +98,8 @@ def _backward(
     gradients = Gradients(layer, weights)
     if weights.convolved is not None:
         found = convolved.run_backward(
-            layer, weights.convolved, gradients, CHUNK_BYTES // (gates[0].numel() * gates.element_size()), dout, dh_n,
-            dc_n, cells, gates, images, x, c_0, need_x, need_state,
+            weights.convolved, gradients, chunk_steps(layer), dout, dh_n, dc_n, cells, gates, images, x, c_0, need_x,
+            need_state,
         )  # fmt: skip
     else:
         found = run_backward(

@@ -13,7 +13,7 @@ from convlstm_fish.ops.triton_kernels.layer import Layer, gate_dtype, multiproce
 from convlstm_fish.ops.triton_kernels.steps import backward_step, forward_step
 from convlstm_fish.ops.triton_kernels.sums import write_image_gradient
 from convlstm_fish.ops.triton_kernels.tuning import round_channels
-from convlstm_fish.ops.triton_kernels.weights import CHUNK_BYTES, Gradients, Weights
+from convlstm_fish.ops.triton_kernels.weights import Gradients, Weights, chunk_steps
 
 
 def run_forward(
@@ -89,7 +89,7 @@ def run_backward(
     tile = tiles.backward
     clips, steps, hidden = layer.clips, layer.steps, layer.hidden
     numbers = layer.size[0] * layer.size[1] * hidden
-    chunk = max(1, min(steps, CHUNK_BYTES // (4 * clips * numbers * x.element_size())))
+    chunk = min(steps, chunk_steps(layer))
     # One more than a chunk, because a step reads the da of the step after while its own chunk fills.
     da = gradients.room(layer, x, min(chunk + 1, steps))
     narrow = weights.steps

@@ -23,15 +23,13 @@ class WeightSums:
 
     def __init__(self, layer: Layer, weight_hh: Tensor | None, weight_ih: Tensor | None) -> None:
         tile = layer.tiles.weight
-        weights = [w for w in (weight_hh, weight_ih) if w is not None]
-        if len(weights) == 1:  # whose rows may be fewer than a program takes
-            rows = weights[0].shape[2] * weights[0].shape[3] * round_channels(weights[0].shape[1])
-            tile = tile._replace(rows=min(tile.rows, max(16, triton.next_power_of_2(rows))))
-        self.layer, self.tile, self.weight_hh, self.weight_ih = layer, tile, weight_hh, weight_ih
-        self.blocks_h, self.blocks_x = (
-            0 if w is None else triton.cdiv(w.shape[2] * w.shape[3] * round_channels(w.shape[1]), tile.rows)
-            for w in (weight_hh, weight_ih)
+        rows_h, rows_x = (
+            0 if w is None else w.shape[2] * w.shape[3] * round_channels(w.shape[1]) for w in (weight_hh, weight_ih)
         )
+        if not (rows_h and rows_x):  # the rows of one weight may be fewer than a program takes
+            tile = tile._replace(rows=min(tile.rows, max(16, triton.next_power_of_2(rows_h + rows_x))))
+        self.layer, self.tile, self.weight_hh, self.weight_ih = layer, tile, weight_hh, weight_ih
+        self.blocks_h, self.blocks_x = triton.cdiv(rows_h, tile.rows), triton.cdiv(rows_x, tile.rows)
         blocks = self.blocks_h + self.blocks_x
         self.groups = 1 if weight_hh is not None and weight_ih is not None else blocks
         columns = 4 * layer.hidden

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from convlstm_fish.ops.triton_kernels import convolved
 from convlstm_fish.ops.triton_kernels.convolved import Convolved
 from convlstm_fish.ops.triton_kernels.layer import Layer
 from convlstm_fish.ops.triton_kernels.passes import run_backward, run_forward
-from convlstm_fish.ops.triton_kernels.weights import CHUNK_BYTES, Gradients, Weights
+from convlstm_fish.ops.triton_kernels.weights import Gradients, Weights, chunk_steps
 
 # Images of so many bytes, or so many steps, are laid out one behind the other, to be read as one sequence.
 _ROOM_BYTES = 128 << 20
@@ -22,8 +23,8 @@ _ROOM_STEPS = 16
 class DeferredGradients(Gradients):
     """Gradients whose steps are collected, up to ``steps`` of them, and added in a few launches; or not ``wanted``."""
 
-    def __init__(self, layer: Layer, weights: Weights, steps: int, wanted: bool) -> None:
-        super().__init__(layer, weights)
+    def __init__(self, weights: Weights, steps: int, wanted: bool) -> None:
+        super().__init__(weights.layer, weights)
         self.steps, self.wanted = steps, wanted
         self.slots: Tensor | None = None
         self.waiting: list[tuple[Tensor, ...]] = []
@@ -32,8 +33,7 @@ class DeferredGradients(Gradients):
     def room(self, layer: Layer, x: Tensor, steps: int) -> Tensor:
         """The next of the slots for a step's gradients of the gates."""
         if self.slots is None:
-            one = 4 * layer.clips * layer.size[0] * layer.size[1] * layer.hidden * x.element_size()
-            self.slots = super().room(layer, x, max(1, min(self.steps, CHUNK_BYTES // one)))
+            self.slots = super().room(layer, x, max(1, min(self.steps, chunk_steps(layer))))
         if len(self.waiting) == self.slots.shape[self.time]:
             self._take_up()
         # Filled from its end, for the last step comes first.
@@ -47,9 +47,9 @@ class DeferredGradients(Gradients):
         if self.wanted:
             self.waiting.append((h, x[:, 0]))
 
-    def add_convolved(self, images: Tensor | None, da: Tensor) -> None:
+    def add_convolved(self, images: Tensor, da: Tensor) -> None:
         """The same with the image of one step."""
-        if self.wanted and images is not None:
+        if self.wanted:
             self.waiting.append((images[0],))
 
     def add_input(self, x: Tensor, da: Tensor) -> None:
@@ -92,6 +92,11 @@ def _follows(image: Tensor, after: Tensor) -> bool:
     return same and int(image.storage_offset()) + image.numel() == int(after.storage_offset())
 
 
+def _is_same(image: Tensor, other: Tensor) -> bool:
+    """Whether two views are of the same numbers in memory that is held."""
+    return (image.data_ptr(), image.shape, image.stride()) == (other.data_ptr(), other.shape, other.stride())
+
+
 class _Pass:
     """What the steps of one unrolled layer share: their weights, and the gradients of the backward pass under way."""
 
@@ -103,54 +108,48 @@ class _Pass:
         self.task: int | None = None
         self.gradients: DeferredGradients | None = None
 
-    def _new_image(self, layer: Layer, x: Tensor) -> Tensor:
-        assert self.weights.convolved is not None
+    def _new_image(self, steps: Convolved, x: Tensor) -> Tensor:
         if not self.free:
-            channels = self.weights.convolved.weight.shape[1]
-            one = layer.clips * layer.size[0] * layer.size[1] * channels * x.element_size()
+            one = steps.layer.clips * math.prod(steps.layer.size) * steps.weight.shape[1] * x.element_size()
             count = max(1, min(_ROOM_BYTES // one, _ROOM_STEPS))
-            self.free = list(self.weights.convolved.new_images(x, layer.clips, count))[::-1]
+            self.free = list(steps.new_images(x, count))[::-1]
         return self.free.pop()
 
-    def _image(self, layer: Layer, beside: int, x: Tensor, h_0: Tensor) -> Tensor:
+    def _image(self, steps: Convolved, x: Tensor, h_0: Tensor) -> Tensor:
         """The image (N, H, W, channels) of x (N, 1, H, W, C) and h_0, which the step before mostly wrote there."""
+        beside = steps.beside
         image, self.upcoming = self.upcoming, None
-        state = None if image is None else image[..., beside:]
-        if (
-            image is None
-            or state is None
-            or state.data_ptr() != h_0.data_ptr()
-            or (state.shape, state.stride()) != (h_0.shape, h_0.stride())
-        ):
-            image = self._new_image(layer, x)
+        if image is None or not _is_same(image[..., beside:], h_0):
+            image = self._new_image(steps, x)
             convolved.copy_into(image[..., beside:], h_0)
         if beside:
             convolved.copy_into(image[..., :beside], x[:, 0])
         return image
 
     def convolve(
-        self, steps: Convolved, layer: Layer, x: Tensor, h_0: Tensor | None, c_0: Tensor | None
+        self, steps: Convolved, x: Tensor, h_0: Tensor | None, c_0: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """h and c after a step, its gates before activation, and its image (1, N, H, W, channels) if it has a state."""
-        z = steps.new_gates(x, layer.clips, 1)
+        layer = steps.layer
+        z = steps.new_gates(x, 1)
         c = x.new_empty((layer.clips, *layer.size, layer.hidden), dtype=torch.float32)
         image: Tensor | None
         if h_0 is not None:
-            image = self._image(layer, steps.beside, x, h_0)
+            image = self._image(steps, x, h_0)
             images = image[None]
         else:
             image = x[:, 0] if steps.beside else None
-            images = steps.new_images(x, layer.clips, 0)
-        self.upcoming = self._new_image(layer, x)
+            images = steps.new_images(x, 0)
+        self.upcoming = self._new_image(steps, x)
         h = self.upcoming[..., steps.beside :]
         steps.step(image, None if steps.beside else x[:, 0], z[0], True, c_0, c, None, None, h)
         return h, c, z, images
 
-    def under_way(self, layer: Layer, wanted: bool) -> DeferredGradients:
+    def under_way(self, wanted: bool) -> DeferredGradients:
         """The sums of this backward pass. One that never asked for the weights' gradients left its own behind."""
         task = torch._C._current_graph_task_id()
         if self.gradients is None or self.task != task:
-            self.task, self.gradients = task, DeferredGradients(layer, self.weights, self.steps, wanted)
+            self.task, self.gradients = task, DeferredGradients(self.weights, self.steps, wanted)
         return self.gradients
 
     def finish(self) -> list[Tensor] | None:
@@ -186,21 +185,21 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, shared: _Pass, layer: Layer, tracked: bool, parameters: Tensor, x: Tensor, h_0: Tensor | None,
-        c_0: Tensor | None,
+        ctx: Any, shared: _Pass, tracked: bool, parameters: Tensor, x: Tensor, h_0: Tensor | None, c_0: Tensor | None
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """h_1 and c_1."""
         shared.steps += tracked
         ctx.set_materialize_grads(False)
-        ctx.shared, ctx.layer = shared, layer
-        if shared.weights.convolved is not None:
-            in_image = h_0 is not None and shared.weights.convolved.beside > 0
+        ctx.shared = shared
+        weights, layer = shared.weights, shared.weights.layer
+        if weights.convolved is not None:
+            in_image = h_0 is not None and weights.convolved.beside > 0
             x = x if in_image else x.contiguous()
-            h, c, z, images = shared.convolve(shared.weights.convolved, layer, x, h_0, c_0)
+            h, c, z, images = shared.convolve(weights.convolved, x, h_0, c_0)
             ctx.save_for_backward(c_0, z, images, None if in_image else x)
             return h, c
         keep = tracked and layer.tiles.keep_gates
-        h, c, _, gates = run_forward(layer, shared.weights, x, h_0, c_0, None, None, True, keep)
+        h, c, _, gates = run_forward(layer, weights, x, h_0, c_0, None, None, True, keep)
         ctx.save_for_backward(x, h_0, c_0, gates)
         return h.squeeze(1), c
 
@@ -209,41 +208,41 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, dh: Tensor | None, dc: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients of x, h_0 and c_0; those of the weights wait."""
         if dh is None and dc is None:
-            return (None,) * 7
-        layer, weights = ctx.layer, ctx.shared.weights
-        need_x, need_state = ctx.needs_input_grad[4], any(ctx.needs_input_grad[5:])
-        gradients = ctx.shared.under_way(layer, ctx.needs_input_grad[3])
+            return (None,) * 6
+        weights = ctx.shared.weights
+        need_x, need_state = ctx.needs_input_grad[3], any(ctx.needs_input_grad[4:])
+        gradients = ctx.shared.under_way(ctx.needs_input_grad[2])
         if weights.convolved is not None:
             c_0, z, images, x = ctx.saved_tensors
             dx, dh_0, dc_0 = convolved.run_backward(
-                layer, weights.convolved, gradients, 1, None, dh, dc, None, z, images, x, c_0, need_x, need_state
+                weights.convolved, gradients, 1, None, dh, dc, None, z, images, x, c_0, need_x, need_state
             )
         else:
             x, h_0, c_0, gates = ctx.saved_tensors
             dx, dh_0, dc_0 = run_backward(
-                layer, weights, gradients, None, dh, dc, h_0, c_0, gates, x, h_0, c_0, None, None, need_x, need_state
-            )
+                weights.layer, weights, gradients, None, dh, dc, h_0, c_0, gates, x, h_0, c_0, None, None, need_x,
+                need_state,
+            )  # fmt: skip
         state = (dh_0, dc_0) if need_state else (None, None)
-        return (None, None, None, None, dx if need_x else None, *state)
+        return (None, None, None, dx if need_x else None, *state)
 
 
 class Unrolled:
     """Steps of a layer on tensors as the kernels take them; see :func:`convlstm_fish.ops.unroll`.
 
     Args:
-        layer: of the first step.
+        layer: of every step.
         parameters: weight_ih, weight_hh, bias or None, and three peepholes or None.
     """
 
     def __init__(self, layer: Layer, *parameters: Tensor | None) -> None:
         weights = Weights(layer, *[p if p is None else p.detach() for p in parameters], plain=True)  # type: ignore[arg-type]
         self.shared = _Pass(weights)
-        self.tracked = torch.is_grad_enabled()
         self.parameters: Tensor = _Parameters.apply(self.shared, *parameters)
 
-    def __call__(self, layer: Layer, x: Tensor, h_0: Tensor | None, c_0: Tensor | None) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None) -> tuple[Tensor, Tensor]:
         """h_1 and c_1, (N, H', W', C_h), from x (N, 1, H, W, C) and the state; a convolved layer can do without."""
         given = [t for t in (self.parameters, x, h_0, c_0) if t is not None]
         tracked = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-        result: tuple[Tensor, Tensor] = _Step.apply(self.shared, layer, tracked, self.parameters, x, h_0, c_0)
+        result: tuple[Tensor, Tensor] = _Step.apply(self.shared, tracked, self.parameters, x, h_0, c_0)
         return result

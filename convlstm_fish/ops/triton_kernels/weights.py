@@ -20,6 +20,12 @@ from convlstm_fish.ops.triton_kernels.tuning import Tile
 CHUNK_BYTES = 512 << 20
 
 
+def chunk_steps(layer: Layer) -> int:
+    """How many steps' gates' gradients that is, at least one."""
+    one = 4 * layer.clips * layer.size[0] * layer.size[1] * layer.hidden * layer.dtype.itemsize
+    return max(1, CHUNK_BYTES // one)
+
+
 class Weights:
     """The parameters of a layer. Each matrix that a kernel reads is packed once, when it is first asked for.
 
@@ -105,11 +111,9 @@ class Gradients:
         self.weights = weights
         self.dbias = self.dpeephole = None
         if weights.bias is not None:
-            if weights.steps is not None:
-                rows = weights.steps.bias_rows
-            else:
-                tiles = layer.tiles_per_image if weights.convolved is None else weights.convolved.parts
-                rows = layer.clips * tiles
+            rows = layer.clips * layer.tiles_per_image
+            for kernels in (weights.steps, weights.convolved):
+                rows = rows if kernels is None else kernels.bias_rows
             self.dbias = torch.zeros(rows, 4 * layer.hidden, device=layer.device)
         if weights.peephole_kind:
             self.dpeephole = torch.zeros(layer.clips, *layer.size, 3, layer.hidden, device=layer.device)
@@ -129,7 +133,7 @@ class Gradients:
     def room(self, layer: Layer, x: Tensor, steps: int) -> Tensor:
         """Memory for the gates' gradients of so many steps, (N, steps, ...) or of a convolved layer (steps, N, ...)."""
         if self.weights.convolved is not None:
-            return self.weights.convolved.new_gates(x, layer.clips, steps)
+            return self.weights.convolved.new_gates(x, steps)
         if self.weights.steps is not None:
             return self.weights.steps.new_da(x, layer.clips, steps)
         return x.new_empty(layer.clips, steps, *layer.size, 4 * layer.hidden)
@@ -143,12 +147,11 @@ class Gradients:
             assert not isinstance(each, ConvolvedSums)
             each.add(h, h_t, with_h, x, mask, da, first, steps, lengths)
 
-    def add_convolved(self, images: Tensor | None, da: Tensor) -> None:
-        """The same of a convolved layer, see :meth:`ConvolvedSums.add`; the first step may have no image."""
+    def add_convolved(self, images: Tensor, da: Tensor) -> None:
+        """The same of a convolved layer; see :meth:`ConvolvedSums.add`."""
         for each in self.sums:
             assert isinstance(each, ConvolvedSums)
-            if images is not None:
-                each.add(images, da)
+            each.add(images, da)
 
     def add_input(self, x: Tensor, da: Tensor) -> None:
         """And of an input that does not lie in the images; see :meth:`ConvolvedSums.add_input`."""
