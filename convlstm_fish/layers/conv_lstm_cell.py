@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from convlstm_fish.ops import ACTIVATIONS, BACKENDS, conv_lstm, unroll
+from convlstm_fish.ops import ACTIVATIONS, BACKENDS, conv_lstm, unroll, unroll_stack
 from convlstm_fish.ops.equations import (
     RECURRENT_ACTIVATIONS,
     Norm,
@@ -229,7 +229,29 @@ class ConvLSTMCell(nn.Module):
             >>> for x in torch.rand(4, 2, 3, 16, 16):
             ...     state = step(x, state)
         """
-        return unroll(self.weight_ih, self.weight_hh, self.bias, self.peepholes, **self._options())
+        return unroll(**self._weights(), **self._options())
+
+    @staticmethod
+    def unrolled_stack(
+        cells: Iterable[ConvLSTMCell],
+    ) -> Callable[[Tensor, Sequence[State | None]], tuple[Tensor, list[State]]]:
+        """The same of cells of which each reads the h of the one before.
+
+        Returns:
+            ``step(x, states)``, for which see :func:`convlstm_fish.ops.unroll_stack`; x is batched.
+
+        Example:
+            >>> cells = [ConvLSTMCell(3, 8, 5), ConvLSTMCell(8, 16, 3)]
+            >>> step, states = ConvLSTMCell.unrolled_stack(cells), [None, None]
+            >>> for x in torch.rand(4, 2, 3, 16, 16):
+            ...     output, states = step(x, states)
+        """
+        return unroll_stack([cell._options() | cell._weights() for cell in cells])
+
+    def _weights(self) -> dict[str, Any]:
+        return {
+            "weight_ih": self.weight_ih, "weight_hh": self.weight_hh, "bias": self.bias, "peephole": self.peepholes
+        }  # fmt: skip
 
     def _options(self) -> dict[str, Any]:
         return {

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from convlstm_fish.layers import ConvLSTMCell
 from convlstm_fish.models.frame_network import FrameNetwork, cell_stack, fed_back
 
 
@@ -86,13 +87,11 @@ class EncoderForecaster(FrameNetwork):
         truth = self._teacher(video, steps, future, teacher)
         x = frames[:, -1]
         logits: list[Tensor] = []
-        unrolled = [cell.unrolled() for cell in self.forecaster]  # type: ignore[operator]
+        step_on = ConvLSTMCell.unrolled_stack(self.forecaster)  # type: ignore[arg-type]
         for step in range(steps):
             if step:
                 x = fed_back(self.to_frames(logits[-1]), step - 1, truth, teacher)
-            for layer, step_on in enumerate(unrolled):
-                states[layer] = step_on(x, states[layer])
-                x = states[layer][0]
+            _, states = step_on(x, states)
             logits.append(self.head(torch.cat([h for h, _ in states], dim=1)))
         return self._from_patches(torch.stack(logits, dim=1))
 

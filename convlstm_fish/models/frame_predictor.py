@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from convlstm_fish.layers import ConvLSTMCell
 from convlstm_fish.models.frame_network import FrameNetwork, cell_stack
 from convlstm_fish.models.tap_products import convolve_frames
 
@@ -89,13 +90,11 @@ class FramePredictor(FrameNetwork):
             last = layer == len(self.encoder) - 1
             sequence, (h, _) = cell.sequence(x, return_sequences=not last)  # type: ignore[operator]
             x = h if last else sequence
-        states: list[tuple[Tensor, Tensor] | None] = [None] * len(self.decoder)
+        states: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(self.decoder)
         outputs = []
-        unrolled = [cell.unrolled() for cell in self.decoder]  # type: ignore[operator]
+        step_on = ConvLSTMCell.unrolled_stack(self.decoder)  # type: ignore[arg-type]
         for _ in range(steps):
-            for layer, step_on in enumerate(unrolled):
-                states[layer] = step_on(x, states[layer])
-                x = states[layer][0]  # type: ignore[index]
+            x, states = step_on(x, states)
             outputs.append(x)
         return self._from_patches(self._head(outputs))
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from convlstm_fish.layers import ConvLSTMCell
 from convlstm_fish.models.frame_network import FrameNetwork, cell_stack, fed_back
 
 
@@ -88,11 +89,8 @@ class StackedPredictor(FrameNetwork):
             logits = list(context.unbind(1))
         else:
             logits = [self.head(states[-1][0])]
-        unrolled = [cell.unrolled() for cell in self.recurrent]  # type: ignore[operator]
+        step_on = ConvLSTMCell.unrolled_stack(self.recurrent)  # type: ignore[arg-type]
         for step in range(steps - 1):
-            x = fed_back(self.to_frames(logits[-1]), step, truth, teacher)
-            for layer, step_on in enumerate(unrolled):
-                states[layer] = step_on(x, states[layer])
-                x = states[layer][0]
+            x, states = step_on(fed_back(self.to_frames(logits[-1]), step, truth, teacher), states)
             logits.append(self.head(x))
         return self._from_patches(torch.stack(logits, dim=1))

@@ -1,6 +1,6 @@
 """Tensor functions: the ConvLSTM over a whole sequence, in plain PyTorch and as a Triton kernel."""
 
-from convlstm_fish.ops.backend import BACKENDS, batch_norm, conv_lstm, max_pool, unroll
+from convlstm_fish.ops.backend import BACKENDS, batch_norm, conv_lstm, max_pool, unroll, unroll_stack
 from convlstm_fish.ops.checks import ACTIVATIONS, check_arguments
 from convlstm_fish.ops.equations import Norm
 from convlstm_fish.ops.geometry import Geometry, geometry
@@ -18,4 +18,5 @@ __all__ = [
     "geometry",
     "max_pool",
     "unroll",
+    "unroll_stack",
 ]

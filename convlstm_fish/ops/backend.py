@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -142,7 +142,9 @@ def unroll(
     backend: str = "auto",
     recurrent_activation: str = "sigmoid",
     norm: Norm | None = None,
-    **options: Any,
+    stride: int | Sequence[int] = 1,
+    padding: Padding = "same",
+    dilation: int | Sequence[int] = 1,
 ) -> Callable[[Tensor, State | None], State]:
     """:func:`conv_lstm` a step at a time, for an input that depends on the state before.
 
@@ -150,8 +152,8 @@ def unroll(
     added up in one launch, after the steps' own backward passes. Elsewhere it is the same as a call a step.
 
     Args:
-        weight_ih, weight_hh, bias, peephole, backend, recurrent_activation, norm: see :func:`conv_lstm`.
-        options: stride, padding and dilation.
+        weight_ih, weight_hh, bias, peephole, backend, recurrent_activation, norm, stride, padding, dilation: see
+            :func:`conv_lstm`.
 
     Returns:
         ``step(x, hx)``: (h_1, c_1) from x (N, C, *spatial) and (h_0, c_0), or None for zeros. It is for one pass: once
@@ -163,30 +165,62 @@ def unroll(
         >>> step(torch.rand(2, 1, 16, 16), state)[0].shape
         torch.Size([2, 8, 16, 16])
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    weights = (weight_ih, weight_hh, bias, peephole)
-    options["recurrent_activation"] = recurrent_activation
+    stack = unroll_stack([{
+        "weight_ih": weight_ih, "weight_hh": weight_hh, "bias": bias, "peephole": peephole, "backend": backend,
+        "recurrent_activation": recurrent_activation, "norm": norm, "stride": stride, "padding": padding,
+        "dilation": dilation,
+    }])  # fmt: skip
+    return lambda x, hx: stack(x, [hx])[1][0]
 
-    def plain(x: Tensor, hx: State | None) -> State:
-        one = x.unsqueeze(1)
-        return conv_lstm(one, hx, *weights, norm=norm, backend=backend, return_sequences=False, **options)[1]
 
-    if backend == "reference" or torch.compiler.is_compiling() or exporting():
-        return plain
-    fused: Callable[[Tensor, State | None], State] | None = None
+def unroll_stack(
+    layers: Sequence[Mapping[str, Any]],
+) -> Callable[[Tensor, Sequence[State | None]], tuple[Tensor, list[State]]]:
+    """:func:`unroll` for layers of which each reads the h of the one before.
 
-    def step(x: Tensor, hx: State | None) -> State:
+    A step of all layers is one node of the autograd graph, and on a GPU a wide layer writes its h straight to where the
+    next one reads it.
+
+    Args:
+        layers: the arguments of :func:`unroll` by name, of each layer.
+
+    Returns:
+        ``step(x, states)``: the last layer's h, and of each layer (h_1, c_1), from x (N, C, *spatial) and of each layer
+        (h_0, c_0), or None for zeros. The last layer's h comes twice: what reads the two is sooner differentiated
+        where one of them goes on to the next step, and the other to the rest of the network.
+
+    Raises:
+        ValueError: an unknown backend; from the step, an argument that does not fit, named with its value.
+    """
+    defaults = {"bias": None, "peephole": None, "backend": "auto", "recurrent_activation": "sigmoid", "norm": None}
+    geometry = {"stride": 1, "padding": "same", "dilation": 1}
+    options = [{**defaults, **geometry, **layer} for layer in layers]
+    backends = [each["backend"] for each in options]
+    for backend in backends:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+
+    def plain(x: Tensor, states: Sequence[State | None]) -> tuple[Tensor, list[State]]:
+        after = []
+        for each, hx in zip(options, states):
+            after.append(conv_lstm(x.unsqueeze(1), hx, return_sequences=False, **each)[1])
+            x = after[-1][0]
+        return x, after
+
+    never = "reference" in backends or torch.compiler.is_compiling() or exporting()
+    fused: Any = None
+
+    def step(x: Tensor, states: Sequence[State | None]) -> tuple[Tensor, list[State]]:
         nonlocal fused
-        if backend == "auto" and x.device.type != "cuda":
-            return plain(x, hx)
-        if triton_unsupported(x.unsqueeze(1), hx, *weights, norm=norm, **options) is not None:
-            return plain(x, hx)
-        if fused is None:
-            from convlstm_fish.ops.triton_kernels import UnrollTriton
+        if len(states) != len(options):
+            raise ValueError(f"states must be one of each of the {len(options)} layers, got {len(states)}")
+        if never or ("auto" in backends and x.device.type != "cuda") or not _HAS_TRITON:
+            return plain(x, states)
+        from convlstm_fish.ops.triton_kernels import UnrollTriton
 
-            fused = UnrollTriton(*weights, **options)
-        return fused(x, hx)
+        if fused is None:
+            fused = UnrollTriton(options)
+        return plain(x, states) if fused.unsupported(x) is not None else fused(x, states)
 
     return step
 

@@ -15,19 +15,37 @@ from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 from convlstm_fish.ops.triton_kernels import max_pool_triton
-from convlstm_fish.ops.triton_kernels.launch import _form, launch
+from convlstm_fish.ops.triton_kernels.launch import Launcher, launch, prepare
+
+
+class Loose:
+    """A kernel of two arguments and a constant."""
+
+    arg_names = ("x", "n", "BM")
+    do_not_specialize = ("n",)
+
+    def fn(self) -> None:
+        """What its launchers are remembered by."""
 
 
 def test_a_form_is_told_by_dtype_alignment_and_value() -> None:
     block = torch.zeros(64, dtype=torch.uint8)
     start = -block.data_ptr() % 16
     aligned, odd = block[start : start + 16], block[start + 1 : start + 17]
-    assert _form(aligned, True) != _form(odd, True)
-    assert _form(aligned, True) != _form(aligned.view(torch.int8), True)
-    assert _form(None, True) is None
-    assert _form(16, True) != _form(17, True)
-    assert _form(16, False) == _form(17, False)
-    assert _form(16, False) != _form(1 << 31, False)
+    launcher = Launcher(Loose(), {"BM": 64}, 4, 0)
+    assert launcher.form((aligned,)) != launcher.form((odd,))
+    assert launcher.form((aligned,)) != launcher.form((aligned.view(torch.int8),))
+    assert launcher.form((None,)) == (None,)
+    assert launcher.form((16,)) != launcher.form((17,))
+    assert launcher.form((aligned, 16)) == launcher.form((aligned, 17))
+    assert launcher.form((aligned, 16)) != launcher.form((aligned, 1 << 31))
+
+
+def test_the_same_constants_have_one_launcher() -> None:
+    kernel = Loose()
+    assert prepare(kernel, {"BM": 64}, 4) is prepare(kernel, {"BM": 64}, 4)
+    others = [prepare(kernel, {"BM": 32}, 4), prepare(kernel, {"BM": 64}, 8), prepare(kernel, {"BM": 64}, 4, 80)]
+    assert all(other is not prepare(kernel, {"BM": 64}, 4) for other in others)
 
 
 class Greedy:
@@ -39,7 +57,7 @@ class Greedy:
         self.least, self.tried = least, list[tuple[int, int]]()
 
     def fn(self) -> None:
-        """What a compiled form is remembered by."""
+        """What its launchers are remembered by."""
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def start(x: Tensor, *, STAGES: int, STAGES_BACK: int, BM: int, **options: Any) -> None:

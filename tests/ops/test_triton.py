@@ -7,8 +7,9 @@ which must be chosen before Triton is first imported: in a process of its own.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 from kernel_cases import TOLERANCE, Case, check, check_not_a_number, check_unrolled, make, relative_error, run
 from torch import Tensor
 
-from convlstm_fish.ops import conv_lstm, conv_lstm_reference, unroll
+from convlstm_fish.ops import conv_lstm, conv_lstm_reference, unroll, unroll_stack
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
@@ -274,6 +275,77 @@ def two_layers(device: str, dtype: torch.dtype, backend: str) -> list[Tensor]:
             states[k] = step(x, states[k])
             x = states[k][0]
     return [x, *torch.autograd.grad(x.double().square().sum(), [first, *weights])]
+
+
+# The channels of the input and of the layers of a stack: 64 are convolved, on an image with its input where that has
+# 16 or 64, and all others are not.
+STACKS = {
+    "narrow": (3, 5, 4),
+    "convolved": (16, 64, 64, 64),
+    "few": (3, 64, 64),
+    "into-narrow": (16, 64, 5),
+    "from-narrow": (3, 16, 64),
+    "few-between": (2, 64, 4, 64),
+}
+
+
+def stack_results(
+    channels: Sequence[int], state: bool, device: str, dtype: torch.dtype, backend: str
+) -> dict[str, Tensor]:
+    """Outputs and gradients of steps of a stack that reads its own output, with random cotangents on all of them."""
+    random = torch.Generator().manual_seed(3)
+    n, size, steps = 2, (5, 4), 3
+
+    def leaf(*shape: int) -> Tensor:
+        value = torch.randn(shape, generator=random, dtype=torch.float64) / 4
+        return value.to(device, dtype).requires_grad_()
+
+    leaves = {"x": leaf(n, steps, channels[0], *size)}
+    layers = []
+    for k, (narrow, wide) in enumerate(itertools.pairwise(channels)):
+        leaves |= {f"w_ih {k}": leaf(4 * wide, narrow, 3, 3), f"w_hh {k}": leaf(4 * wide, wide, 3, 3)}
+        leaves |= {f"bias {k}": leaf(4 * wide), f"h_0 {k}": leaf(n, wide, *size), f"c_0 {k}": leaf(n, wide, *size)}
+        names = {"weight_ih": f"w_ih {k}", "weight_hh": f"w_hh {k}", "bias": f"bias {k}"}
+        layers.append({name: leaves[key] for name, key in names.items()} | {"backend": backend})
+    step = unroll_stack(layers)
+    states: Any = [(leaves[f"h_0 {k}"], leaves[f"c_0 {k}"]) if state else None for k in range(len(layers))]
+    results, total, output = {}, torch.zeros((), dtype=torch.float64, device=device), None
+    for t in range(steps):
+        x = leaves["x"][:, t]
+        if output is not None:
+            x = x + 0.1 * output.mean(1, keepdim=True)
+        output, states = step(x, states)
+        results[f"output {t}"] = output
+        total = total + (output.double() * torch.randn(output.shape, generator=random).to(device)).sum()
+    for k, hx in enumerate(states):
+        for name, value in zip("hc", hx):
+            results[f"{name}_n {k}"] = value
+            total = total + (value.double() * torch.randn(value.shape, generator=random).to(device)).sum()
+    names = [name for name in leaves if state or "_0" not in name]
+    found = torch.autograd.grad(total, [leaves[name] for name in names])
+    return results | {f"d {name}": gradient for name, gradient in zip(names, found)}
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("name", STACKS)
+def test_unrolled_stack(name: str, state: bool, device: str, poisoned: None, precision: Callable[[bool], None]) -> None:
+    precision(False)
+    truth = stack_results(STACKS[name], state, device, torch.float64, "reference")
+    found = stack_results(STACKS[name], state, device, torch.float32, "triton")
+    assert found.keys() == truth.keys()
+    errors = {key: relative_error(value, truth[key]) for key, value in found.items()}
+    wrong = {key: error for key, error in errors.items() if not error < TOLERANCE["float32"]}
+    assert not wrong, f"relative errors over {TOLERANCE['float32']}: {wrong}"
+
+
+@interpreted
+def test_unrolled_stack_takes_a_state_a_layer() -> None:
+    step = unroll_stack([{"weight_ih": torch.rand(4, 1, 1, 1), "weight_hh": torch.rand(4, 1, 1, 1)}])
+    with pytest.raises(ValueError, match="one of each of the 1 layers, got 2"):
+        step(torch.rand(1, 1, 2, 2), [None, None])
 
 
 @pytest.mark.parametrize(

@@ -70,9 +70,9 @@ class Steps:
         plans = {_plan(self.shape, "backward_step", fused) for fused in (False, self.shape.fused)}
         return max(plan.programs * plan.threads for plan in plans) * self.multiprocessors // 32
 
-    def new_da(self, x: Tensor, clips: int, steps: int) -> Tensor:
-        """Memory for the gradients of the gates of so many steps, (N, steps, 4 * C_h / 8, H', W', 8)."""
-        return x.new_empty(clips, steps, self.shape.gates // 8, *self.shape.size, 8)
+    def da_shape(self, clips: int, steps: int) -> tuple[int, ...]:
+        """Of the gradients of the gates of so many steps, (N, steps, 4 * C_h / 8, H', W', 8)."""
+        return (clips, steps, self.shape.gates // 8, *self.shape.size, 8)
 
     def backward(
         self, x: Tensor, h_in: Tensor | None, c_in: Tensor | None, da_next: Tensor | None, dh: Tensor | None,

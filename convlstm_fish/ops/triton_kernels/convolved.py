@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from convlstm_fish.ops.triton_kernels.launch import launch
+from convlstm_fish.ops.triton_kernels.launch import Launcher, launch, prepare
 from convlstm_fish.ops.triton_kernels.layer import Layer, pack, peephole_kind
 from convlstm_fish.ops.triton_kernels.pointwise import copy_pixels, update_gradients, update_state
 from convlstm_fish.ops.triton_kernels.sums import ImageWeight, WeightSums, image_weight, write_image_gradient
@@ -51,8 +51,14 @@ def _first(image: Tensor) -> Tensor:
 
 
 def _is_even(image: Tensor) -> bool:
-    """Whether the pixels of (N, H, W, C) lie equally far apart in a clip."""
-    return image.stride(3) == 1 and image.stride(1) == image.shape[2] * image.stride(2)
+    """Whether the pixels of (N, H, W, C) lie equally far apart in a clip, and nothing of one in another."""
+    between = image.stride(2)
+    return image.stride(3) == 1 and between >= image.shape[3] and image.stride(1) == image.shape[2] * between
+
+
+def _even(image: Tensor | None) -> Tensor | None:
+    """(N, H, W, C) such that they do; a copy has strides of its own where a size of 1 makes them arbitrary."""
+    return image if image is None or _is_even(image) else image.clone(memory_format=torch.contiguous_format)
 
 
 def copy_into(target: Tensor, source: Tensor) -> None:
@@ -83,7 +89,11 @@ class Convolved:
         self.bias = None if bias is None else bias.detach().float().contiguous()
         self.peephole = peephole
         self.padding = [k // 2 for k in layer.kernel]
-        self.parts = triton.cdiv(layer.size[0] * layer.size[1], _BACKWARD[0] * _ROUNDS)
+        pixels = layer.size[0] * layer.size[1]
+        self.parts = triton.cdiv(pixels, _BACKWARD[0] * _ROUNDS)
+        self.grid = (triton.cdiv(pixels, _FORWARD[0]) * triton.cdiv(layer.hidden, _FORWARD[1]), layer.clips)
+        self.grid_back = (self.parts * triton.cdiv(layer.hidden, _BACKWARD[1]), layer.clips)
+        self.launchers: dict[tuple[Any, ...], Launcher] = {}  # by what of a step decides
         self.bias_rows = layer.clips * self.parts
         every = layer.constants()
         self.constants = {key: every[key] for key in ("H", "W", "C", "ACT", "FAST")} | {
@@ -111,13 +121,13 @@ class Convolved:
         """For images, or without a state for the input alone."""
         return self.weight if images.shape[-1] == self.weight.shape[1] else self._weight_x
 
-    def new_images(self, x: Tensor, steps: int) -> Tensor:
+    def new_images(self, steps: int) -> Tensor:
         """Memory (steps, N, H, W, channels) for the images of some steps."""
-        return x.new_empty(steps, self.layer.clips, *self.layer.size, self.weight.shape[1])
+        return self.weight.new_empty(steps, self.layer.clips, *self.layer.size, self.weight.shape[1])
 
-    def new_gates(self, x: Tensor, steps: int) -> Tensor:
+    def new_gates(self, steps: int) -> Tensor:
         """Memory (steps, N, H, W, 4 * C_h) for gates before activation, or their gradients."""
-        return x.new_empty(steps, self.layer.clips, *self.layer.size, 4 * self.layer.hidden)
+        return self.weight.new_empty(steps, self.layer.clips, *self.layer.size, 4 * self.layer.hidden)
 
     def step(
         self, image: Tensor | None, x: Tensor | None, z: Tensor, save_z: bool, c_in: Tensor | None, c_out: Tensor,
@@ -141,40 +151,52 @@ class Convolved:
             _first(z).copy_(torch.convolution(
                 _first(image), self._weight(image), None, [1, 1], self.padding, [1, 1], False, [0, 0], 1
             ))  # fmt: skip
-        pixels, channels, warps = _FORWARD
-        weight_x = None if x is None else self._packed_x
-        constants = self.constants | self.constants_x | {
-            "NEXT": 0 if h_next is None else h_next.stride(2), "HAS_STATE": c_in is not None,
-            "SAVE_C": c_save is not None, "HAS_OUT": h_out is not None, "HAS_NEXT": h_next is not None,
-            "BM": pixels, "BC": channels, "HAS_Z": image is not None, "HAS_X": x is not None, "SAVE_Z": save_z,
-            "ldw": 0 if weight_x is None else weight_x.shape[1],
-        }  # fmt: skip
-        args = (
-            z, x, weight_x, self.bias, c_in, c_out, c_save, h_out, h_next, *self.peephole, z.stride(0),
-            0 if x is None else x.stride(0), c_out.stride(0),
+        between = tuple(0 if t is None else t.stride(2) for t in (h_out, h_next))
+        run = self._update_state(
+            (image is not None, x is not None, save_z, c_in is not None, c_save is not None, *between)
+        )
+        run(
+            self.grid, z, x, None if x is None else self._packed_x, self.bias, c_in, c_out, c_save, h_out, h_next,
+            *self.peephole, z.stride(0), 0 if x is None else x.stride(0), c_out.stride(0),
             *(0 if t is None else t.stride(0) for t in (c_save, h_out, h_next)),
         )  # fmt: skip
-        clips, height, width, hidden = c_out.shape
-        grid = (triton.cdiv(height * width, pixels) * triton.cdiv(hidden, channels), clips)
-        launch(update_state, grid, args, constants, warps)
+
+    def _update_state(self, kind: tuple[Any, ...]) -> Launcher:
+        """For one kind of step."""
+        run = self.launchers.get(kind)
+        if run is None:
+            has_z, has_x, save_z, has_state, save_c, out, following = kind
+            pixels, channels, warps = _FORWARD
+            constants = self.constants | self.constants_x | {
+                "OUT": out, "NEXT": following, "HAS_STATE": has_state, "SAVE_C": save_c, "BM": pixels, "BC": channels,
+                "HAS_Z": has_z, "HAS_X": has_x, "SAVE_Z": save_z, "ldw": self._packed_x.shape[1] if has_x else 0,
+            }  # fmt: skip
+            run = self.launchers[kind] = prepare(update_state, constants, warps)
+        return run
 
     def back(
         self, z: Tensor, c_in: Tensor | None, dout: Tensor | None, dh: Tensor | None, dc_in: Tensor | None, dc: Tensor,
         da: Tensor, dpeephole: Tensor | None, dbias: Tensor | None,
     ) -> None:  # fmt: skip
         """Writes da, (N, H, W, 4 * C_h), and the gradient of c_in, and adds to those of the peepholes and the bias."""
-        pixels, channels, warps = _BACKWARD
-        constants = self.constants | {
-            "parts": self.parts, "DH": 0 if dh is None else dh.stride(2), "HAS_STATE": c_in is not None,
-            "HAS_DOUT": dout is not None, "HAS_DH": dh is not None, "HAS_DC": dc_in is not None,
-            "BM": pixels, "BC": channels, "ROUNDS": _ROUNDS,
-        }  # fmt: skip
-        args = (
-            z, self.bias, c_in, dout, dh, dc_in, dc, da, dpeephole, dbias, *self.peephole, z.stride(0),
+        between = tuple(0 if t is None else t.stride(2) for t in (dout, dh))
+        self._update_gradients((c_in is not None, dc_in is not None, *between))(
+            self.grid_back, z, self.bias, c_in, dout, dh, dc_in, dc, da, dpeephole, dbias, *self.peephole, z.stride(0),
             *(0 if t is None else t.stride(0) for t in (c_in, dout, dh)), dc.stride(0),
         )  # fmt: skip
-        grid = (self.parts * triton.cdiv(dc.shape[-1], channels), dc.shape[0])
-        launch(update_gradients, grid, args, constants, warps)
+
+    def _update_gradients(self, kind: tuple[Any, ...]) -> Launcher:
+        """For one kind of step."""
+        run = self.launchers.get(kind)
+        if run is None:
+            has_state, has_dc, dout, dh = kind
+            pixels, channels, warps = _BACKWARD
+            constants = self.constants | {
+                "parts": self.parts, "DOUT": dout, "DH": dh, "HAS_STATE": has_state, "HAS_DC": has_dc, "BM": pixels,
+                "BC": channels, "ROUNDS": _ROUNDS,
+            }  # fmt: skip
+            run = self.launchers[kind] = prepare(update_gradients, constants, warps)
+        return run
 
     def _backward(self, da: Tensor, images: Tensor, of_images: bool) -> Tensor:
         found = torch.ops.aten.convolution_backward(
@@ -243,8 +265,8 @@ def run_forward(
     c = x.new_empty((clips, *frame), dtype=torch.float32)
     cells = x.new_empty((clips, steps, *frame) if keep_c else (0,))
     skipped = int(h_0 is None)
-    z = convolved.new_gates(x, steps if keep_c else 1)
-    images = convolved.new_images(x, steps - skipped if keep_c else 1)
+    z = convolved.new_gates(steps if keep_c else 1)
+    images = convolved.new_images(steps - skipped if keep_c else 1)
     place = lambda s: images[s - skipped if keep_c else 0]  # noqa: E731
     c_in = c_0
     for s in range(steps):
@@ -282,8 +304,9 @@ def run_backward(
     """
     layer, beside = convolved.layer, convolved.beside
     steps = layer.steps
-    dout, dc_in = (None if t is None else t.contiguous() for t in (dout, dc_n))
-    dh = dh_n if dh_n is None or _is_even(dh_n) else dh_n.contiguous()
+    if dout is not None and not _is_even(dout[:, 0]):
+        dout = dout.clone(memory_format=torch.contiguous_format)
+    dh, dc_in = _even(dh_n), None if dc_n is None else dc_n.contiguous()
     dc = torch.empty((layer.clips, *layer.size, layer.hidden), dtype=torch.float32, device=z.device)
     own_dx = need_x and (steps > 1 or not beside)
     dx = z.new_empty((layer.clips, steps, *layer.size_in, layer.channels) if own_dx else (0,))
@@ -291,7 +314,7 @@ def run_backward(
     for s in reversed(range(steps)):
         t, before = (steps - 1 - s, steps - s) if layer.reverse else (s, s - 1)
         if waiting == 0:  # filled from its end, for the last step comes first
-            da = gradients.room(layer, z, max(1, min(chunk, s + 1 - skipped)))
+            da = gradients.room(layer, max(1, min(chunk, s + 1 - skipped)))
         da_s = da[-1 - waiting]
         c_in = c_0 if s == 0 or cells is None else cells[:, before]
         dout_t = None if dout is None else dout[:, t]

@@ -13,62 +13,83 @@ from triton.runtime.errors import OutOfResources
 _INT32 = 1 << 31
 # How many blocks a kernel copies ahead into shared memory.
 _STAGES = ("STAGES", "STAGES_BACK")
-# Forms that are remembered; each shape of the tensors makes a few. Past it all are asked for again.
+# Launchers that are remembered; each shape of the tensors makes a few. Past it all are made again.
 _MOST = 4096
-_forms: dict[tuple[Any, ...], tuple[CompiledKernel, tuple[Any, ...]]] = {}
+_launchers: dict[tuple[Any, ...], Launcher] = {}
 
 
-def _form(value: Any, specialised: bool) -> Any:
-    """What of an argument decides which compiled form it needs: at least as fine as Triton's own rule."""
-    if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % 16
-    if specialised or value is None:
-        return value
-    return -_INT32 <= value < _INT32
+class Launcher:
+    """A kernel with its compile-time constants, to be launched many times; made by :func:`prepare`."""
+
+    def __init__(self, kernel: Any, constants: Mapping[str, Any], num_warps: int, registers: int) -> None:
+        self.kernel, self.constants, self.num_warps, self.registers = kernel, dict(constants), num_warps, registers
+        # An interpreted kernel has no such list, and no compiled form either.
+        self.loose = frozenset(getattr(kernel, "do_not_specialize", ()))
+        self.forms: dict[tuple[Any, ...], tuple[CompiledKernel, tuple[Any, ...]]] = {}
+
+    def form(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What of the arguments decides which compiled form they need: at least as fine as Triton's own rule."""
+        found: list[Any] = []
+        for position, value in enumerate(args):
+            if isinstance(value, Tensor):
+                found.append((value.dtype, value.data_ptr() & 15))
+            elif value is None or not self.loose or self.kernel.arg_names[position] not in self.loose:
+                found.append(value)
+            else:
+                found.append(-_INT32 <= value < _INT32)
+        return tuple(found)
+
+    def __call__(self, grid: tuple[int, ...], *args: Any) -> None:
+        """``kernel[grid](*args, **constants, num_warps=num_warps)``, on the first argument's GPU.
+
+        That need not be the current one. Where it has too little shared memory, fewer stages are tried.
+        """
+        at = args[0].get_device()  # -1 for memory of the CPU
+        if at >= 0 and at != torch.cuda.current_device():
+            with torch.cuda.device(at):
+                self(grid, *args)
+            return
+        key = (at, *self.form(args))
+        known = self.forms.get(key)
+        if known is not None:
+            known[0][(*grid, 1, 1)[:3]](*args, *known[1])
+            return
+        constants = self.constants
+        options = {"num_warps": self.num_warps, "maxnreg": self.registers or None}
+        while True:
+            try:
+                compiled = self.kernel[grid](*args, **constants, **options)
+                break
+            except OutOfResources:  # the stages were found on GPUs with more shared memory
+                fewer = {name: constants[name] - 1 for name in _STAGES if constants.get(name, 0) > 2}
+                if not fewer:
+                    raise
+                constants = {**constants, **fewer}
+        if isinstance(compiled, CompiledKernel):
+            self.forms[key] = compiled, tuple(constants[name] for name in self.kernel.arg_names[len(args) :])
+
+
+def prepare(kernel: Any, constants: Mapping[str, Any], num_warps: int, registers: int = 0) -> Launcher:
+    """A launcher, the same one for the same arguments.
+
+    Args:
+        kernel: a ``triton.jit`` function whose compile-time constants come last.
+        constants: the compile-time constants by name.
+        num_warps: warps of a program.
+        registers: at most so many of a thread; 0 leaves it to the compiler.
+    """
+    key = (kernel.fn, num_warps, registers, *constants.items())
+    found = _launchers.get(key)
+    if found is None:
+        if len(_launchers) >= _MOST:
+            _launchers.clear()
+        found = _launchers[key] = Launcher(kernel, constants, num_warps, registers)
+    return found
 
 
 def launch(
     kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: Mapping[str, Any], num_warps: int,
     registers: int = 0,
 ) -> None:  # fmt: skip
-    """``kernel[grid](*args, **constants, num_warps=num_warps)``, sooner from the second time on.
-
-    Args:
-        kernel: a ``triton.jit`` function whose compile-time constants come last.
-        grid: programs in up to three dimensions.
-        args: the other arguments, all of them, in order.
-        constants: the compile-time constants by name.
-        num_warps: warps of a program.
-        registers: at most so many of a thread; 0 leaves it to the compiler.
-
-    It runs on the first argument's GPU, which need not be the current one. Where that has too little shared memory,
-    fewer stages are tried.
-    """
-    at = args[0].get_device()  # -1 for memory of the CPU
-    if at >= 0 and at != torch.cuda.current_device():
-        with torch.cuda.device(at):
-            launch(kernel, grid, args, constants, num_warps, registers)
-        return
-    values = tuple(constants[name] for name in kernel.arg_names[len(args) :])
-    # An interpreted kernel has no such list, and no compiled form either.
-    loose = getattr(kernel, "do_not_specialize", ())
-    form = tuple(_form(value, name not in loose) for name, value in zip(kernel.arg_names, args))
-    device = torch.cuda.current_device() if torch.cuda.is_available() else -1
-    key = (kernel.fn, device, num_warps, registers, values, form)
-    known = _forms.get(key)
-    if known is not None:
-        known[0][(*grid, 1, 1)[:3]](*args, *known[1])
-        return
-    while True:
-        try:
-            compiled = kernel[grid](*args, **constants, num_warps=num_warps, maxnreg=registers or None)
-            break
-        except OutOfResources:  # the stages were found on GPUs with more shared memory
-            fewer = {name: constants[name] - 1 for name in _STAGES if constants.get(name, 0) > 2}
-            if not fewer:
-                raise
-            constants = {**constants, **fewer}
-    if isinstance(compiled, CompiledKernel):
-        if len(_forms) >= _MOST:
-            _forms.clear()
-        _forms[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+    """Launches a kernel once; for the arguments see :class:`Launcher` and :func:`prepare`."""
+    prepare(kernel, constants, num_warps, registers)(grid, *args)

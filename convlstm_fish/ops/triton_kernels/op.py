@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor
 from convlstm_fish.ops.checks import ACTIVATIONS, check_arguments
 from convlstm_fish.ops.equations import Norm
 from convlstm_fish.ops.geometry import Geometry, Padding
-from convlstm_fish.ops.triton_kernels.layer import Layer, make_layer
+from convlstm_fish.ops.triton_kernels.layer import make_layer
 from convlstm_fish.ops.triton_kernels.operators import conv_lstm_forward
-from convlstm_fish.ops.triton_kernels.transpose import few_channels_last, suits
+from convlstm_fish.ops.triton_kernels.transpose import channels_last
 from convlstm_fish.ops.triton_kernels.unrolled import Unrolled
 
 State = tuple[Tensor, Tensor]
@@ -55,25 +55,18 @@ def unsupported(
         return "checkpoint_every is for the reference; the Triton kernels compute the gates again anyway"
     if detach_every is not None:
         return "the Triton kernels do not cut the gradient (detach_every)"
+    if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
+        return "torch.func transforms do not see through the Triton kernels"
+    return _layer_unsupported(weight_ih, weight_hh, norm)
+
+
+def _layer_unsupported(weight_ih: Tensor, weight_hh: Tensor, norm: Norm | None) -> str | None:
+    """What of that the layer itself decides."""
     if norm is not None:
         return "the Triton kernels have no normalisation inside the cell"
     if weight_hh.dim() != 4 or weight_hh.shape[1] > 512 or weight_ih.shape[1] > 1024:
         return "the Triton kernels take up to 512 hidden and 1024 input channels"
-    if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
-        return "torch.func transforms do not see through the Triton kernels"
     return None
-
-
-def _channels_last(image: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N, C, H, W) as a contiguous (N, H, W, C), cast and moved in one pass; no copy where it lies so already."""
-    if suits(image):
-        return few_channels_last(image, dtype)
-    return image.to(dtype=dtype, memory_format=torch.channels_last).permute(0, 2, 3, 1).contiguous()
-
-
-def _channels_as_last(image: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N, C, H, W) as a view (N, H, W, C), cast."""
-    return image.to(dtype).permute(0, 2, 3, 1)
 
 
 def _peephole(peephole: tuple[Tensor, Tensor, Tensor] | None, where: Geometry) -> list[Tensor | None]:
@@ -88,71 +81,65 @@ def _peephole(peephole: tuple[Tensor, Tensor, Tensor] | None, where: Geometry) -
 
 
 class UnrollTriton:
-    """:func:`convlstm_fish.ops.unroll` in Triton kernels; see there.
+    """:func:`convlstm_fish.ops.unroll_stack` in Triton kernels; see there.
+
+    Args:
+        layers: all arguments of :func:`convlstm_fish.ops.unroll` by name, of each layer.
 
     Raises:
         ValueError: an argument that does not fit, named with its value.
         RuntimeError: the weights have changed since the first step.
     """
 
-    def __init__(
-        self,
-        weight_ih: Tensor,
-        weight_hh: Tensor,
-        bias: Tensor | None,
-        peephole: tuple[Tensor, Tensor, Tensor] | None,
-        *,
-        stride: int | Sequence[int] = 1,
-        padding: Padding = "same",
-        dilation: int | Sequence[int] = 1,
-        recurrent_activation: str = "sigmoid",
-    ) -> None:
-        self.parameters = (weight_ih, weight_hh, bias, peephole)
-        self.activation = recurrent_activation
-        self._geometry: Any = {"stride": stride, "padding": padding, "dilation": dilation}
-        self._all = [weight_ih, weight_hh, *([] if bias is None else [bias]), *(peephole or ())]
+    def __init__(self, layers: Sequence[Mapping[str, Any]]) -> None:
+        self.layers = layers
+        self._first, *above = ({k: each[k] for k in ("weight_ih", "weight_hh", "norm")} for each in layers)
+        self._above = next(filter(None, (_layer_unsupported(**each) for each in above)), None)
+        self._all = [
+            p
+            for each in self.layers
+            for p in (each["weight_ih"], each["weight_hh"], each["bias"], *(each["peephole"] or ()))
+            if p is not None
+        ]
         self._versions = [p._version for p in self._all]
         self._unrolled: dict[Any, Unrolled] = {}  # by what of a call decides
-        self._made: dict[tuple[Layer, bool], Unrolled] = {}  # steps with and without a state share theirs
+        self._made: dict[Any, Unrolled] = {}  # steps with and without a state share theirs
 
-    def __call__(self, input: Tensor, hx: State | None) -> State:
-        """The state after a step on (N, C, H, W)."""
+    def unsupported(self, input: Tensor) -> str | None:
+        """Why it cannot take a step on this input, or None if it can."""
+        return self._above or unsupported(input.unsqueeze(1), None, **self._first)
+
+    def __call__(self, input: Tensor, states: Sequence[State | None]) -> tuple[Tensor, list[State]]:
+        """The last layer's h after a step on (N, C, H, W), and all states."""
         if [p._version for p in self._all] != self._versions:
-            raise RuntimeError("the weights have changed since the first step; unroll the layer again")
+            raise RuntimeError("the weights have changed since the first step; unroll the layers again")
         dtype, tf32 = _compute_dtype(input), torch.backends.cudnn.allow_tf32
-        of_state = None if hx is None else tuple((t.shape, t.dtype, t.device) for t in hx)
-        key = (input.shape, input.dtype, input.device, of_state, dtype, tf32, torch.is_grad_enabled())
+        key = (
+            input.shape, input.dtype, input.device, dtype, tf32, torch.is_grad_enabled(),
+            *(None if s is None else tuple((t.shape, t.dtype, t.device) for t in s) for s in states),
+        )  # fmt: skip
         if key not in self._unrolled:
-            self._unrolled[key] = self._make(input, hx, dtype, tf32)
-        unrolled = self._unrolled[key]
-        weights = unrolled.shared.weights
-        # A convolved layer copies x and h into its images, however they lie.
-        lay = _channels_last if weights.convolved is None else _channels_as_last
-        x = lay(input, dtype).unsqueeze(1)
-        h_0 = c_0 = None
-        if hx is not None:
-            h_0, c_0 = lay(hx[0], dtype), _channels_last(hx[1], torch.float32)
-        elif weights.convolved is None:
-            frame = (weights.layer.clips, *weights.layer.size, weights.layer.hidden)
-            h_0, c_0 = x.new_zeros(frame), x.new_zeros(frame, dtype=torch.float32)
-        h, c = unrolled(x, h_0, c_0)
-        return h.permute(0, 3, 1, 2), c.permute(0, 3, 1, 2)
+            self._unrolled[key] = self._make(input, states, dtype, tf32)
+        return self._unrolled[key](input, states)
 
-    def _make(self, input: Tensor, hx: State | None, dtype: torch.dtype, tf32: bool) -> Unrolled:
+    def _make(self, input: Tensor, states: Sequence[State | None], dtype: torch.dtype, tf32: bool) -> Unrolled:
         """For calls of one kind."""
-        weight_ih, weight_hh, bias, peephole = self.parameters
-        where = check_arguments(
-            input.unsqueeze(1), hx, *self.parameters, **self._geometry, recurrent_activation=self.activation,
-            recurrent_mask=None, lengths=None,
-        )  # fmt: skip
-        x = _channels_as_last(input, dtype).unsqueeze(1)
-        layer = make_layer(
-            x, weight_ih, weight_hh, where.out, where.stride, [before for before, _ in where.pads], where.dilation,
-            ACTIVATIONS.index(self.activation), tf32, False,
-        )  # fmt: skip
-        kind = (layer, torch.is_grad_enabled())
+        layers, parameters = [], []
+        x, any_values = input.unsqueeze(1), input.new_empty((), dtype=dtype)
+        for each, hx in zip(self.layers, states):
+            options = {key: value for key, value in each.items() if key != "backend"}
+            where = check_arguments(x, hx, **options, recurrent_mask=None, lengths=None)
+            weight_ih, weight_hh = each["weight_ih"], each["weight_hh"]
+            activation = ACTIVATIONS.index(each["recurrent_activation"])
+            layers.append(make_layer(
+                any_values.expand(x.shape).movedim(2, -1), weight_ih, weight_hh, where.out, where.stride,
+                [before for before, _ in where.pads], where.dilation, activation, tf32, False,
+            ))  # fmt: skip
+            parameters.append((weight_ih, weight_hh, each["bias"], *_peephole(each["peephole"], where)))
+            x = any_values.expand(x.shape[0], 1, weight_hh.shape[1], *where.out)  # as the layer above reads it
+        kind = (*layers, torch.is_grad_enabled())
         if kind not in self._made:
-            self._made[kind] = Unrolled(layer, weight_ih, weight_hh, bias, *_peephole(peephole, where))
+            self._made[kind] = Unrolled(layers, parameters)
         return self._made[kind]
 
 
@@ -196,14 +183,14 @@ def conv_lstm_triton(
         raise RuntimeError(reason)
     dtype = _compute_dtype(input)
     clips, steps = input.shape[:2]
-    x = _channels_last(input.flatten(0, 1), dtype).unflatten(0, (clips, steps))
+    x = channels_last(input.flatten(0, 1), dtype).unflatten(0, (clips, steps))
     h_0 = c_0 = mask = None
     if hx is not None:
-        h_0, c_0 = _channels_last(hx[0], dtype), _channels_last(hx[1], torch.float32)
+        h_0, c_0 = channels_last(hx[0], dtype), channels_last(hx[1], torch.float32)
     if recurrent_mask is not None:
         if recurrent_mask.requires_grad:
             raise RuntimeError("the Triton kernels give no gradient of recurrent_mask")
-        mask = _channels_last(recurrent_mask, dtype)
+        mask = channels_last(recurrent_mask, dtype)
     weights = _peephole(peephole, where)
     tracked = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, h_0, c_0, weight_ih, weight_hh, bias, *weights)

@@ -91,7 +91,7 @@ def run_backward(
     numbers = layer.size[0] * layer.size[1] * hidden
     chunk = min(steps, chunk_steps(layer))
     # One more than a chunk, because a step reads the da of the step after while its own chunk fills.
-    da = gradients.room(layer, x, min(chunk + 1, steps))
+    da = gradients.room(layer, min(chunk + 1, steps))
     narrow = weights.steps
     if narrow is not None:  # also for take_up, below
         x, h_0 = aligned(x), None if h_0 is None else aligned(h_0)

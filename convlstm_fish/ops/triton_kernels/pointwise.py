@@ -34,9 +34,9 @@ def add_bias(z_i, z_f, z_g, z_o, bias_ptr, ch, C: tl.constexpr):
 def update_state(
     z_ptr, x_ptr, w_x_ptr, bias_ptr, c_in_ptr, c_out_ptr, c_save_ptr, h_out_ptr, h_next_ptr,
     w_ci_ptr, w_cf_ptr, w_co_ptr, z_n, x_n, state_n, c_save_n, h_out_n, h_next_n,
-    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, NEXT: tl.constexpr, ACT: tl.constexpr, FAST: tl.constexpr,
-    PEEPHOLE: tl.constexpr, HAS_STATE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr,
-    SAVE_C: tl.constexpr, HAS_OUT: tl.constexpr, HAS_NEXT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, OUT: tl.constexpr, NEXT: tl.constexpr, ACT: tl.constexpr,
+    FAST: tl.constexpr, PEEPHOLE: tl.constexpr, HAS_STATE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr,
+    SAVE_C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
     HAS_X: tl.constexpr, SAVE_Z: tl.constexpr, HI: tl.constexpr, WI: tl.constexpr, C_IN: tl.constexpr,
     CP_IN: tl.constexpr, KHX: tl.constexpr, KWX: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
     PY: tl.constexpr, PX: tl.constexpr, DY: tl.constexpr, DX: tl.constexpr, PRECISION: tl.constexpr,
@@ -44,8 +44,9 @@ def update_state(
 ):  # fmt: skip
     """h_t and c_t from the convolutions' sum and c_{t-1}.
 
-    Grid: (tiles * channel blocks, clips). h goes to ``h_out``, or to ``h_next``, whose pixels lie NEXT numbers apart,
-    or to both. With HAS_X, z holds the recurrent convolution, or without HAS_Z nothing, and the input's is added here.
+    Grid: (tiles * channel blocks, clips). h goes to ``h_out``, whose pixels lie OUT numbers apart, and to ``h_next``
+    with NEXT, where these are not 0. With HAS_X, z holds the recurrent convolution, or without HAS_Z nothing, and the
+    input's is added here.
     """
     blocks: tl.constexpr = (C + BC - 1) // BC
     block = tl.program_id(0) % blocks
@@ -90,9 +91,9 @@ def update_state(
     if SAVE_C:
         tl.store(c_save_ptr + n * c_save_n + at, c.to(c_save_ptr.dtype.element_ty), mask=exists)
     h = o * tanh(c, FAST)
-    if HAS_OUT:
-        tl.store(h_out_ptr + n * h_out_n + at, h.to(h_out_ptr.dtype.element_ty), mask=exists)
-    if HAS_NEXT:
+    if OUT > 0:
+        tl.store(h_out_ptr + n * h_out_n + pixel * OUT + ch, h.to(h_out_ptr.dtype.element_ty), mask=exists)
+    if NEXT > 0:
         tl.store(h_next_ptr + n * h_next_n + pixel * NEXT + ch, h.to(h_next_ptr.dtype.element_ty), mask=exists)
 
 
@@ -100,15 +101,14 @@ def update_state(
 def update_gradients(
     z_ptr, bias_ptr, c_in_ptr, dout_ptr, dh_ptr, dc_in_ptr, dc_ptr, da_ptr, dpeephole_ptr, dbias_ptr,
     w_ci_ptr, w_cf_ptr, w_co_ptr, z_n, c_in_n, dout_n, dh_n, state_n,
-    parts: tl.constexpr, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, DH: tl.constexpr, ACT: tl.constexpr,
-    FAST: tl.constexpr, PEEPHOLE: tl.constexpr, HAS_STATE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_DOUT: tl.constexpr, HAS_DH: tl.constexpr, HAS_DC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-    ROUNDS: tl.constexpr,
+    parts: tl.constexpr, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, DOUT: tl.constexpr, DH: tl.constexpr,
+    ACT: tl.constexpr, FAST: tl.constexpr, PEEPHOLE: tl.constexpr, HAS_STATE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_DC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the gates before activation, and of c_{t-1}, from those of h_t (two terms) and c_t.
 
-    Grid: (parts * channel blocks, clips). The pixels of ``dh`` lie DH numbers apart. A part is ROUNDS tiles, whose
-    numbers a thread adds up for the bias before threads add theirs.
+    Grid: (parts * channel blocks, clips). The pixels of ``dout`` lie DOUT numbers apart and those of ``dh`` DH, 0 where
+    there is none. A part is ROUNDS tiles, whose numbers a thread adds up for the bias before threads add theirs.
     """
     blocks: tl.constexpr = (C + BC - 1) // BC
     part = tl.program_id(0) // blocks
@@ -124,10 +124,10 @@ def update_gradients(
         exists = (pixel < H * W) & (ch < C)
         at = pixel * C + ch
         dh = tl.zeros((BM, BC), dtype=tl.float32)
-        if HAS_DH:
+        if DH > 0:
             dh += tl.load(dh_ptr + n * dh_n + pixel * DH + ch, mask=exists, other=0.0)
-        if HAS_DOUT:
-            dh += tl.load(dout_ptr + n * dout_n + at, mask=exists, other=0.0)
+        if DOUT > 0:
+            dh += tl.load(dout_ptr + n * dout_n + pixel * DOUT + ch, mask=exists, other=0.0)
         dc = tl.zeros((BM, BC), dtype=tl.float32)
         if HAS_DC:
             dc = tl.load(dc_in_ptr + n * state_n + at, mask=exists, other=0.0)

@@ -45,3 +45,10 @@ def suits(frames: Tensor) -> bool:
     """Whether :func:`few_channels_last` takes these frames, and they are not laid out so already."""
     few = 1 < frames.shape[1] <= _MOST_CHANNELS
     return few and not frames.requires_grad and frames.is_contiguous() and frames.is_floating_point()
+
+
+def channels_last(image: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, C, H, W) as a contiguous (N, H, W, C), cast and moved in one pass; no copy where it lies so already."""
+    if suits(image):
+        return few_channels_last(image, dtype)
+    return image.to(dtype=dtype, memory_format=torch.channels_last).permute(0, 2, 3, 1).contiguous()

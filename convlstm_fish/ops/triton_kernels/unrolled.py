@@ -1,8 +1,9 @@
-"""Steps of one layer, called one by one: weights packed once, and their gradients added up once."""
+"""Steps of a stack of layers, called one by one: weights packed once, and their gradients added up once."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from convlstm_fish.ops.triton_kernels import convolved
 from convlstm_fish.ops.triton_kernels.convolved import Convolved
 from convlstm_fish.ops.triton_kernels.layer import Layer
 from convlstm_fish.ops.triton_kernels.passes import run_backward, run_forward
+from convlstm_fish.ops.triton_kernels.transpose import channels_last
 from convlstm_fish.ops.triton_kernels.weights import Gradients, Weights, chunk_steps
 
 # Images of so many bytes, or so many steps, are laid out one behind the other, to be read as one sequence.
@@ -30,10 +32,10 @@ class DeferredGradients(Gradients):
         self.waiting: list[tuple[Tensor, ...]] = []
         self.time = 1 if weights.convolved is None else 0  # the dimension of the slots that counts steps
 
-    def room(self, layer: Layer, x: Tensor, steps: int) -> Tensor:
+    def room(self, layer: Layer, steps: int) -> Tensor:
         """The next of the slots for a step's gradients of the gates."""
         if self.slots is None:
-            self.slots = super().room(layer, x, max(1, min(self.steps, chunk_steps(layer))))
+            self.slots = super().room(layer, max(1, min(self.steps, chunk_steps(layer))))
         if len(self.waiting) == self.slots.shape[self.time]:
             self._take_up()
         # Filled from its end, for the last step comes first.
@@ -97,152 +99,261 @@ def _is_same(image: Tensor, other: Tensor) -> bool:
     return (image.data_ptr(), image.shape, image.stride()) == (other.data_ptr(), other.shape, other.stride())
 
 
-class _Pass:
-    """What the steps of one unrolled layer share: their weights, and the gradients of the backward pass under way."""
+class _Steps:
+    """The steps of one layer.
+
+    Tensors are as its kernels take them, (N, H, W, C), but need not be contiguous or of its dtype.
+    """
 
     def __init__(self, weights: Weights) -> None:
-        self.weights = weights
-        self.steps = 0
+        self.weights, self.layer = weights, weights.layer
+
+    def place(self, h_0: Tensor | None) -> Tensor | None:
+        """Where the coming step, from h_0, is best given its input, or None; to be asked for once a step."""
+        return None
+
+    def forward(
+        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, tracked: bool
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        """h and c after a step, and what its backward pass needs."""
+        layer = self.layer
+        x = x.to(layer.dtype).contiguous().unsqueeze(1)
+        if h_0 is None or c_0 is None:
+            frame = (layer.clips, *layer.size, layer.hidden)
+            h_0, c_0 = x.new_zeros(frame), x.new_zeros(frame, dtype=torch.float32)
+        h_0, c_0 = h_0.to(layer.dtype).contiguous(), c_0.float().contiguous()
+        keep = tracked and layer.tiles.keep_gates
+        h, c, _, gates = run_forward(layer, self.weights, x, h_0, c_0, None, None, True, keep)
+        return h.squeeze(1), c, (x, h_0, c_0, gates)
+
+    def backward(
+        self, gradients: DeferredGradients, kept: tuple[Tensor, ...], dout: Tensor | None, dh: Tensor | None,
+        dc: Tensor | None, need_x: bool, need_state: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """The gradients of x (N, 1, H, W, C), h_0 and c_0, empty unless needed, from two of h and that of c."""
+        x, h_0, c_0, gates = kept
+        dout = None if dout is None else dout.unsqueeze(1)
+        return run_backward(
+            self.layer, self.weights, gradients, dout, dh, dc, h_0, c_0, gates, x, h_0, c_0, None, None, need_x,
+            need_state,
+        )  # fmt: skip
+
+
+class _ConvolvedSteps(_Steps):
+    """The steps of a convolved layer; h lies in the image of the step after."""
+
+    def __init__(self, weights: Weights, steps: Convolved) -> None:
+        super().__init__(weights)
+        self.steps = steps
         self.free: list[Tensor] = []  # images that no step has written yet
         self.upcoming: Tensor | None = None  # the image that has the last step's h as its state
-        self.task: int | None = None
-        self.gradients: DeferredGradients | None = None
+        self.placed: Tensor | None = None  # the image of the coming step, which has its state
 
-    def _new_image(self, steps: Convolved, x: Tensor) -> Tensor:
+    def _new_image(self) -> Tensor:
         if not self.free:
-            one = steps.layer.clips * math.prod(steps.layer.size) * steps.weight.shape[1] * x.element_size()
-            count = max(1, min(_ROOM_BYTES // one, _ROOM_STEPS))
-            self.free = list(steps.new_images(x, count))[::-1]
+            layer = self.layer
+            one = layer.clips * math.prod(layer.size) * self.steps.weight.shape[1] * layer.dtype.itemsize
+            self.free = list(self.steps.new_images(max(1, min(_ROOM_BYTES // one, _ROOM_STEPS))))[::-1]
         return self.free.pop()
 
-    def _image(self, steps: Convolved, x: Tensor, h_0: Tensor) -> Tensor:
-        """The image (N, H, W, channels) of x (N, 1, H, W, C) and h_0, which the step before mostly wrote there."""
-        beside = steps.beside
+    def _image(self, h_0: Tensor) -> Tensor:
+        """The image (N, H, W, channels) that has h_0, which the step before mostly wrote there."""
         image, self.upcoming = self.upcoming, None
+        beside = self.steps.beside
         if image is None or not _is_same(image[..., beside:], h_0):
-            image = self._new_image(steps, x)
+            image = self._new_image()
             convolved.copy_into(image[..., beside:], h_0)
-        if beside:
-            convolved.copy_into(image[..., :beside], x[:, 0])
         return image
 
-    def convolve(
-        self, steps: Convolved, x: Tensor, h_0: Tensor | None, c_0: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """h and c after a step, its gates before activation, and its image (1, N, H, W, channels) if it has a state."""
-        layer = steps.layer
-        z = steps.new_gates(x, 1)
-        c = x.new_empty((layer.clips, *layer.size, layer.hidden), dtype=torch.float32)
-        image: Tensor | None
-        if h_0 is not None:
-            image = self._image(steps, x, h_0)
-            images = image[None]
-        else:
-            image = x[:, 0] if steps.beside else None
-            images = steps.new_images(x, 0)
-        self.upcoming = self._new_image(steps, x)
-        h = self.upcoming[..., steps.beside :]
-        steps.step(image, None if steps.beside else x[:, 0], z[0], True, c_0, c, None, None, h)
-        return h, c, z, images
+    def place(self, h_0: Tensor | None) -> Tensor | None:
+        """See the base class."""
+        if h_0 is None or not self.steps.beside:
+            return None
+        self.placed = self._image(h_0)
+        return self.placed[..., : self.steps.beside]
 
-    def under_way(self, wanted: bool) -> DeferredGradients:
+    def forward(
+        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, tracked: bool, h_out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        """The same; h goes to ``h_out``, too."""
+        steps, layer, beside = self.steps, self.layer, self.steps.beside
+        image, self.placed = self.placed, None
+        c_0 = None if c_0 is None else c_0.float().contiguous()
+        if h_0 is not None:
+            image = self._image(h_0) if image is None else image
+            if beside and not _is_same(image[..., :beside], x):
+                convolved.copy_into(image[..., :beside], x)
+        own_x = None  # where x does not lie in an image
+        if h_0 is None or not beside:
+            own_x = channels_last(x.permute(0, 3, 1, 2), layer.dtype)
+        z = steps.new_gates(1)
+        c = torch.empty((layer.clips, *layer.size, layer.hidden), dtype=torch.float32, device=layer.device)
+        self.upcoming = self._new_image()
+        h = self.upcoming[..., beside:]
+        read = own_x if h_0 is None and beside else image
+        steps.step(read, None if beside else own_x, z[0], True, c_0, c, None, h_out, h)
+        images = steps.new_images(0) if image is None else image[None]
+        return h, c, (c_0, z, images, None if own_x is None else own_x.unsqueeze(1))
+
+    def backward(
+        self, gradients: DeferredGradients, kept: tuple[Tensor, ...], dout: Tensor | None, dh: Tensor | None,
+        dc: Tensor | None, need_x: bool, need_state: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """See the base class."""
+        c_0, z, images, x = kept
+        dout = None if dout is None else dout.unsqueeze(1)
+        return convolved.run_backward(
+            self.steps, gradients, 1, dout, dh, dc, None, z, images, x, c_0, need_x, need_state
+        )
+
+
+class _Stack:
+    """What the steps of an unrolled stack share: their weights, and the gradients of the backward pass under way."""
+
+    def __init__(self, layers: Sequence[_Steps]) -> None:
+        self.layers = layers
+        self.steps = 0
+        self.task: int | None = None
+        self.gradients: list[DeferredGradients] | None = None
+
+    def forward(
+        self, x: Tensor, states: Sequence[tuple[Tensor | None, Tensor | None]], tracked: bool
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """h and c of all layers after a step, and what its backward pass needs."""
+        self.steps += tracked
+        after: list[Tensor] = []
+        kept: list[Tensor | None] = []
+        for number, (layer, (h_0, c_0)) in enumerate(zip(self.layers, states)):
+            if isinstance(layer, _ConvolvedSteps) and number + 1 < len(self.layers):
+                place = self.layers[number + 1].place(states[number + 1][0])
+                if place is None:
+                    place = layer.steps.weight.new_empty(layer.layer.clips, *layer.layer.size, layer.layer.hidden)
+                h, c, those = layer.forward(x, h_0, c_0, tracked, place)
+                x = place
+            else:
+                h, c, those = layer.forward(x, h_0, c_0, tracked)
+                x = h
+            after += [h, c]
+            kept += those
+        return after, kept
+
+    def under_way(self, wanted: bool) -> list[DeferredGradients]:
         """The sums of this backward pass. One that never asked for the weights' gradients left its own behind."""
         task = torch._C._current_graph_task_id()
         if self.gradients is None or self.task != task:
-            self.task, self.gradients = task, DeferredGradients(self.weights, self.steps, wanted)
+            self.task = task
+            self.gradients = [DeferredGradients(layer.weights, self.steps, wanted) for layer in self.layers]
         return self.gradients
 
     def finish(self) -> list[Tensor] | None:
         """The sums of this backward pass, None where no step was in it."""
         gradients, self.gradients = self.gradients, None
-        return None if gradients is None or self.task != torch._C._current_graph_task_id() else gradients.results()
+        if gradients is None or self.task != torch._C._current_graph_task_id():
+            return None
+        return [gradient for each in gradients for gradient in each.results()]
 
 
 class _Parameters(torch.autograd.Function):
     """The weights' place in the autograd graph: behind every step, so that its backward comes after theirs."""
 
     @staticmethod
-    def forward(ctx: Any, shared: _Pass, *parameters: Tensor | None) -> Tensor:
+    def forward(ctx: Any, stack: _Stack, *parameters: Tensor | None) -> Tensor:
         """An empty tensor for each step to depend on."""
         ctx.set_materialize_grads(False)
-        ctx.shared = shared
+        ctx.stack = stack
         ctx.given = [p is not None for p in parameters]
-        return shared.weights.weight_ih.new_empty(0)
+        return stack.layers[0].weights.weight_ih.new_empty(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients of all steps."""
-        found = ctx.shared.finish()
+        found = ctx.stack.finish()
         if found is None:
             return (None, *(None for _ in ctx.given))
         rest = iter(found)
         return (None, *(next(rest) if given else None for given in ctx.given))
 
 
+_KEPT = 4  # how many tensors a layer keeps of a step
+
+
+def _last(image: Tensor | None) -> Tensor | None:
+    """(N, C, H, W) with its channels last."""
+    return None if image is None else image.permute(0, 2, 3, 1)
+
+
+def _first(image: Tensor) -> Tensor:
+    """And back."""
+    return image.permute(0, 3, 1, 2)
+
+
 class _Step(torch.autograd.Function):
-    """One step."""
+    """One step of all layers."""
 
     @staticmethod
     def forward(
-        ctx: Any, shared: _Pass, tracked: bool, parameters: Tensor, x: Tensor, h_0: Tensor | None, c_0: Tensor | None
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """h_1 and c_1."""
-        shared.steps += tracked
+        ctx: Any, stack: _Stack, tracked: bool, parameters: Tensor, x: Tensor, *states: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """The last layer's h, and h and c of each layer."""
         ctx.set_materialize_grads(False)
-        ctx.shared = shared
-        weights, layer = shared.weights, shared.weights.layer
-        if weights.convolved is not None:
-            in_image = h_0 is not None and weights.convolved.beside > 0
-            x = x if in_image else x.contiguous()
-            h, c, z, images = shared.convolve(weights.convolved, x, h_0, c_0)
-            ctx.save_for_backward(c_0, z, images, None if in_image else x)
-            return h, c
-        keep = tracked and layer.tiles.keep_gates
-        h, c, _, gates = run_forward(layer, weights, x, h_0, c_0, None, None, True, keep)
-        ctx.save_for_backward(x, h_0, c_0, gates)
-        return h.squeeze(1), c
+        ctx.stack = stack
+        pairs = [(_last(h), _last(c)) for h, c in zip(states[::2], states[1::2])]
+        after, kept = stack.forward(x.permute(0, 2, 3, 1), pairs, tracked)
+        ctx.save_for_backward(*kept)
+        # The last h twice, for the gradients of what reads it to arrive apart, and be added where they are needed.
+        return (_first(after[-2]), *(_first(each) for each in after))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dh: Tensor | None, dc: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The gradients of x, h_0 and c_0; those of the weights wait."""
-        if dh is None and dc is None:
-            return (None,) * 6
-        weights = ctx.shared.weights
-        need_x, need_state = ctx.needs_input_grad[3], any(ctx.needs_input_grad[4:])
-        gradients = ctx.shared.under_way(ctx.needs_input_grad[2])
-        if weights.convolved is not None:
-            c_0, z, images, x = ctx.saved_tensors
-            dx, dh_0, dc_0 = convolved.run_backward(
-                weights.convolved, gradients, 1, None, dh, dc, None, z, images, x, c_0, need_x, need_state
-            )
-        else:
-            x, h_0, c_0, gates = ctx.saved_tensors
-            dx, dh_0, dc_0 = run_backward(
-                weights.layer, weights, gradients, None, dh, dc, h_0, c_0, gates, x, h_0, c_0, None, None, need_x,
+    def backward(ctx: Any, dout: Tensor | None, *dstates: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients of x and the states; those of the weights wait."""
+        stack, kept, need = ctx.stack, ctx.saved_tensors, ctx.needs_input_grad
+        gradients = stack.under_way(need[2])
+        found: list[Tensor | None] = [None] * len(need)
+        above = _last(dout)
+        for number in reversed(range(len(stack.layers))):
+            dh, dc = dstates[2 * number : 2 * number + 2]
+            if above is None and dh is None and dc is None:
+                continue
+            first = 4 + 2 * number
+            need_x, need_state = number > 0 or need[3], need[first] or need[first + 1]
+            dx, dh_0, dc_0 = stack.layers[number].backward(
+                gradients[number], kept[_KEPT * number : _KEPT * (number + 1)], above, _last(dh), _last(dc), need_x,
                 need_state,
             )  # fmt: skip
-        state = (dh_0, dc_0) if need_state else (None, None)
-        return (None, None, None, dx if need_x else None, *state)
+            above = dx[:, 0] if need_x else None
+            if need_state:
+                found[first : first + 2] = _first(dh_0), _first(dc_0)
+        if above is not None:
+            found[3] = _first(above)
+        return tuple(found)
 
 
 class Unrolled:
-    """Steps of a layer on tensors as the kernels take them; see :func:`convlstm_fish.ops.unroll`.
+    """Steps of a stack of layers, each fed by the one before; see :func:`convlstm_fish.ops.unroll_stack`.
 
     Args:
-        layer: of every step.
-        parameters: weight_ih, weight_hh, bias or None, and three peepholes or None.
+        layers: of every step.
+        parameters: of each weight_ih, weight_hh, bias or None, and three peepholes or None.
     """
 
-    def __init__(self, layer: Layer, *parameters: Tensor | None) -> None:
-        weights = Weights(layer, *[p if p is None else p.detach() for p in parameters], plain=True)  # type: ignore[arg-type]
-        self.shared = _Pass(weights)
-        self.parameters: Tensor = _Parameters.apply(self.shared, *parameters)
+    def __init__(self, layers: Sequence[Layer], parameters: Sequence[Sequence[Tensor | None]]) -> None:
+        steps: list[_Steps] = []
+        for layer, those in zip(layers, parameters):
+            plain = [p if p is None else p.detach() for p in those]
+            weights = Weights(layer, *plain, plain=True)  # type: ignore[arg-type]
+            steps.append(_Steps(weights) if weights.convolved is None else _ConvolvedSteps(weights, weights.convolved))
+        self.stack = _Stack(steps)
+        self.parameters: Tensor = _Parameters.apply(self.stack, *(p for those in parameters for p in those))
 
-    def __call__(self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None) -> tuple[Tensor, Tensor]:
-        """h_1 and c_1, (N, H', W', C_h), from x (N, 1, H, W, C) and the state; a convolved layer can do without."""
-        given = [t for t in (self.parameters, x, h_0, c_0) if t is not None]
-        tracked = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-        result: tuple[Tensor, Tensor] = _Step.apply(self.shared, tracked, self.parameters, x, h_0, c_0)
-        return result
+    def __call__(
+        self, x: Tensor, states: Sequence[tuple[Tensor, Tensor] | None]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """The last layer's h, and h and c of each, (N, C_h, H', W'), from x (N, C, H, W) and the states."""
+        flat = [t for state in states for t in (state or (None, None))]
+        tracked = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (self.parameters, x, *flat)
+        )
+        output, *after = _Step.apply(self.stack, tracked, self.parameters, x, *flat)
+        return output, list(zip(after[::2], after[1::2]))

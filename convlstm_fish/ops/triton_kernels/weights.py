@@ -130,13 +130,14 @@ class Gradients:
         pairs = [both] if layer.tiles.weight.together else [(both[0], None), (None, both[1])]
         self.sums = [WeightSums(layer, *pair) for pair in pairs]
 
-    def room(self, layer: Layer, x: Tensor, steps: int) -> Tensor:
+    def room(self, layer: Layer, steps: int) -> Tensor:
         """Memory for the gates' gradients of so many steps, (N, steps, ...) or of a convolved layer (steps, N, ...)."""
         if self.weights.convolved is not None:
-            return self.weights.convolved.new_gates(x, steps)
+            return self.weights.convolved.new_gates(steps)
+        shape: tuple[int, ...] = (layer.clips, steps, *layer.size, 4 * layer.hidden)
         if self.weights.steps is not None:
-            return self.weights.steps.new_da(x, layer.clips, steps)
-        return x.new_empty(layer.clips, steps, *layer.size, 4 * layer.hidden)
+            shape = self.weights.steps.da_shape(layer.clips, steps)
+        return torch.empty(shape, dtype=layer.dtype, device=layer.device)
 
     def add(
         self, h: Tensor, h_t: int, with_h: bool, x: Tensor, mask: Tensor | None, da: Tensor, first: int, steps: int,
