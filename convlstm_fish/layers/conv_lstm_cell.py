@@ -234,7 +234,7 @@ class ConvLSTMCell(nn.Module):
     @staticmethod
     def unrolled_stack(
         cells: Iterable[ConvLSTMCell],
-    ) -> Callable[[Tensor, Sequence[State | None]], tuple[Tensor, list[State]]]:
+    ) -> Callable[[Tensor | None, Sequence[State | None]], tuple[Tensor, list[State]]]:
         """The same of cells of which each reads the h of the one before.
 
         Returns:

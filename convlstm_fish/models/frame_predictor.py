@@ -93,9 +93,9 @@ class FramePredictor(FrameNetwork):
         states: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(self.decoder)
         outputs = []
         step_on = ConvLSTMCell.unrolled_stack(self.decoder)  # type: ignore[arg-type]
-        for _ in range(steps):
-            x, states = step_on(x, states)
-            outputs.append(x)
+        for step in range(steps):
+            output, states = step_on(None if step else x, states)
+            outputs.append(output)
         return self._from_patches(self._head(outputs))
 
     def _head(self, frames: Sequence[Tensor]) -> Tensor:

@@ -67,10 +67,11 @@ def convolve_frames(frames: Sequence[Tensor], weight: Tensor, bias: Tensor | Non
     matrix = weight.permute(1, 2, 3, 0).reshape(channels, -1)
     count = matrix.shape[1]
     matrix = F.pad(matrix, (0, -count % 8))  # rows of 16 bytes, without which the product is slow
-    products = torch.stack([frame.permute(0, 2, 3, 1) @ matrix for frame in frames], 1)
-    n, steps, height, width = products.shape[:4]
+    # One behind the other, as their gradients then lie, which are read one by one.
+    products = torch.stack([frame.permute(0, 2, 3, 1) @ matrix for frame in frames])
+    steps, n, height, width = products.shape[:4]
     taps = products.flatten(0, 1)[..., :count].unflatten(-1, (rows, columns, outputs))
     found: Tensor = _Gather.apply(taps)
     if bias is not None:
         found = found + bias
-    return found.view(n, steps, height, width, outputs).permute(0, 1, 4, 2, 3)
+    return found.view(steps, n, height, width, outputs).permute(1, 0, 4, 2, 3)

@@ -175,7 +175,7 @@ def unroll(
 
 def unroll_stack(
     layers: Sequence[Mapping[str, Any]],
-) -> Callable[[Tensor, Sequence[State | None]], tuple[Tensor, list[State]]]:
+) -> Callable[[Tensor | None, Sequence[State | None]], tuple[Tensor, list[State]]]:
     """:func:`unroll` for layers of which each reads the h of the one before.
 
     A step of all layers is one node of the autograd graph, and on a GPU a wide layer writes its h straight to where the
@@ -186,11 +186,18 @@ def unroll_stack(
 
     Returns:
         ``step(x, states)``: the last layer's h, and of each layer (h_1, c_1), from x (N, C, *spatial) and of each layer
-        (h_0, c_0), or None for zeros. The last layer's h comes twice: what reads the two is sooner differentiated
-        where one of them goes on to the next step, and the other to the rest of the network.
+        (h_0, c_0), or None for zeros. With None for x the first layer reads the last one's h of the states. This, the
+        states handed on, and the last layer's h for the rest of the network are sooner differentiated than one h read
+        three times.
 
     Raises:
         ValueError: an unknown backend; from the step, an argument that does not fit, named with its value.
+
+    Example:
+        >>> layers = [{"weight_ih": torch.rand(32, 8, 3, 3), "weight_hh": torch.rand(32, 8, 3, 3)}] * 2
+        >>> step = unroll_stack(layers)
+        >>> first, states = step(torch.rand(2, 8, 16, 16), [None, None])
+        >>> second, states = step(None, states)
     """
     defaults = {"bias": None, "peephole": None, "backend": "auto", "recurrent_activation": "sigmoid", "norm": None}
     geometry = {"stride": 1, "padding": "same", "dilation": 1}
@@ -210,17 +217,22 @@ def unroll_stack(
     never = "reference" in backends or torch.compiler.is_compiling() or exporting()
     fused: Any = None
 
-    def step(x: Tensor, states: Sequence[State | None]) -> tuple[Tensor, list[State]]:
+    def step(input: Tensor | None, states: Sequence[State | None]) -> tuple[Tensor, list[State]]:
         nonlocal fused
         if len(states) != len(options):
             raise ValueError(f"states must be one of each of the {len(options)} layers, got {len(states)}")
+        x = input
+        if x is None:
+            if states[-1] is None:
+                raise ValueError("without an input the last layer needs a state, got None")
+            x = states[-1][0]
         if never or ("auto" in backends and x.device.type != "cuda") or not _HAS_TRITON:
             return plain(x, states)
         from convlstm_fish.ops.triton_kernels import UnrollTriton
 
         if fused is None:
             fused = UnrollTriton(options)
-        return plain(x, states) if fused.unsupported(x) is not None else fused(x, states)
+        return plain(x, states) if fused.unsupported(x) is not None else fused(input, states)
 
     return step
 

@@ -286,6 +286,11 @@ STACKS = {
     "into-narrow": (16, 64, 5),
     "from-narrow": (3, 16, 64),
     "few-between": (2, 64, 4, 64),
+    # Those that end as they begin read the last layer's h themselves.
+    "fed-back": (64, 64, 64),
+    "fed-back-alone": (64, 64),
+    "fed-back-narrow": (5, 8, 5),
+    "fed-back-few": (4, 64, 4),
 }
 
 
@@ -294,13 +299,13 @@ def stack_results(
 ) -> dict[str, Tensor]:
     """Outputs and gradients of steps of a stack that reads its own output, with random cotangents on all of them."""
     random = torch.Generator().manual_seed(3)
-    n, size, steps = 2, (5, 4), 3
+    n, size, steps = 2, (5, 4), 5
 
     def leaf(*shape: int) -> Tensor:
         value = torch.randn(shape, generator=random, dtype=torch.float64) / 4
         return value.to(device, dtype).requires_grad_()
 
-    leaves = {"x": leaf(n, steps, channels[0], *size)}
+    leaves = {"x": leaf(n, steps, channels[0], *size)}  # of which those that feed back read the first
     layers = []
     for k, (narrow, wide) in enumerate(itertools.pairwise(channels)):
         leaves |= {f"w_ih {k}": leaf(4 * wide, narrow, 3, 3), f"w_hh {k}": leaf(4 * wide, wide, 3, 3)}
@@ -312,7 +317,9 @@ def stack_results(
     results, total, output = {}, torch.zeros((), dtype=torch.float64, device=device), None
     for t in range(steps):
         x = leaves["x"][:, t]
-        if output is not None:
+        if output is not None and channels[0] == channels[-1]:
+            x = None if t != 2 else 0.1 * output  # by another way, too, and after it
+        elif output is not None:
             x = x + 0.1 * output.mean(1, keepdim=True)
         output, states = step(x, states)
         results[f"output {t}"] = output

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from convlstm_fish.ops.triton_kernels.launch import launch
+from convlstm_fish.ops.triton_kernels.launch import cdiv, launch
 from convlstm_fish.ops.triton_kernels.layer import multiprocessors
 
 _NUMBERS = 2048  # of a program at a time
@@ -149,10 +149,10 @@ def _sizes(x: Tensor) -> tuple[int, dict[str, int]]:
 def _sums(x: Tensor, dy: Tensor | None, moments: Tensor | None) -> Tensor:
     """Two sums of each portion, (portions, 2, C)."""
     pixels, constants = _sizes(x)
-    programs = min(4 * multiprocessors(x.device), triton.cdiv(pixels, constants["ROWS"]))
+    programs = min(4 * multiprocessors(x.device), cdiv(pixels, constants["ROWS"]))
     sums = torch.empty(programs, 2, constants["C"], dtype=torch.float32, device=x.device)
     mean, invstd = (None, None) if moments is None else (moments[0], moments[2])
-    args = (x, dy, sums, mean, invstd, pixels, triton.cdiv(pixels, programs))
+    args = (x, dy, sums, mean, invstd, pixels, cdiv(pixels, programs))
     launch(sum_pairs, (programs,), args, constants | {"BACKWARD": dy is not None}, num_warps=4)
     return sums
 
@@ -161,7 +161,7 @@ def _affine(x: Tensor, dy: Tensor | None, a: Tensor, b: Tensor, c: Tensor | None
     pixels, constants = _sizes(x)
     out = torch.empty_like(x)
     args = (x, dy, out, a, b, c, pixels)
-    grid = (triton.cdiv(pixels, constants["ROWS"]),)
+    grid = (cdiv(pixels, constants["ROWS"]),)
     launch(scale_and_shift, grid, args, constants | {"BACKWARD": dy is not None}, num_warps=4)
     return out
 

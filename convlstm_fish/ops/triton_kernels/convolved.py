@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from convlstm_fish.ops.triton_kernels.launch import Launcher, launch, prepare
+from convlstm_fish.ops.triton_kernels.launch import Launcher, cdiv, launch, prepare
 from convlstm_fish.ops.triton_kernels.layer import Layer, pack, peephole_kind
 from convlstm_fish.ops.triton_kernels.pointwise import copy_pixels, update_gradients, update_state
 from convlstm_fish.ops.triton_kernels.sums import ImageWeight, WeightSums, image_weight, write_image_gradient
@@ -74,7 +74,7 @@ def copy_into(target: Tensor, source: Tensor) -> None:
         "BC": columns,
     }  # fmt: skip
     args = (source, target, source.stride(0), target.stride(0))
-    launch(copy_pixels, (triton.cdiv(height * width, rows), clips), args, constants, 4)
+    launch(copy_pixels, (cdiv(height * width, rows), clips), args, constants, 4)
 
 
 class Convolved:
@@ -90,9 +90,9 @@ class Convolved:
         self.peephole = peephole
         self.padding = [k // 2 for k in layer.kernel]
         pixels = layer.size[0] * layer.size[1]
-        self.parts = triton.cdiv(pixels, _BACKWARD[0] * _ROUNDS)
-        self.grid = (triton.cdiv(pixels, _FORWARD[0]) * triton.cdiv(layer.hidden, _FORWARD[1]), layer.clips)
-        self.grid_back = (self.parts * triton.cdiv(layer.hidden, _BACKWARD[1]), layer.clips)
+        self.parts = cdiv(pixels, _BACKWARD[0] * _ROUNDS)
+        self.grid = (cdiv(pixels, _FORWARD[0]) * cdiv(layer.hidden, _FORWARD[1]), layer.clips)
+        self.grid_back = (self.parts * cdiv(layer.hidden, _BACKWARD[1]), layer.clips)
         self.launchers: dict[tuple[Any, ...], Launcher] = {}  # by what of a step decides
         self.bias_rows = layer.clips * self.parts
         every = layer.constants()
@@ -175,25 +175,28 @@ class Convolved:
         return run
 
     def back(
-        self, z: Tensor, c_in: Tensor | None, dout: Tensor | None, dh: Tensor | None, dc_in: Tensor | None, dc: Tensor,
-        da: Tensor, dpeephole: Tensor | None, dbias: Tensor | None,
+        self, z: Tensor, c_in: Tensor | None, dout: Tensor | None, dfed: Tensor | None, dh: Tensor | None,
+        dc_in: Tensor | None, dc: Tensor, da: Tensor, dpeephole: Tensor | None, dbias: Tensor | None,
     ) -> None:  # fmt: skip
-        """Writes da, (N, H, W, 4 * C_h), and the gradient of c_in, and adds to those of the peepholes and the bias."""
-        between = tuple(0 if t is None else t.stride(2) for t in (dout, dh))
+        """Writes da, (N, H, W, 4 * C_h), and the gradient of c_in, and adds to those of the peepholes and the bias.
+
+        The gradient of h is the sum of dout, dfed and dh.
+        """
+        between = tuple(0 if t is None else t.stride(2) for t in (dout, dfed, dh))
         self._update_gradients((c_in is not None, dc_in is not None, *between))(
-            self.grid_back, z, self.bias, c_in, dout, dh, dc_in, dc, da, dpeephole, dbias, *self.peephole, z.stride(0),
-            *(0 if t is None else t.stride(0) for t in (c_in, dout, dh)), dc.stride(0),
+            self.grid_back, z, self.bias, c_in, dout, dfed, dh, dc_in, dc, da, dpeephole, dbias, *self.peephole,
+            z.stride(0), *(0 if t is None else t.stride(0) for t in (c_in, dout, dfed, dh)), dc.stride(0),
         )  # fmt: skip
 
     def _update_gradients(self, kind: tuple[Any, ...]) -> Launcher:
         """For one kind of step."""
         run = self.launchers.get(kind)
         if run is None:
-            has_state, has_dc, dout, dh = kind
+            has_state, has_dc, dout, dfed, dh = kind
             pixels, channels, warps = _BACKWARD
             constants = self.constants | {
-                "parts": self.parts, "DOUT": dout, "DH": dh, "HAS_STATE": has_state, "HAS_DC": has_dc, "BM": pixels,
-                "BC": channels, "ROUNDS": _ROUNDS,
+                "parts": self.parts, "DOUT": dout, "DFED": dfed, "DH": dh, "HAS_STATE": has_state, "HAS_DC": has_dc,
+                "BM": pixels, "BC": channels, "ROUNDS": _ROUNDS,
             }  # fmt: skip
             run = self.launchers[kind] = prepare(update_gradients, constants, warps)
         return run
@@ -293,11 +296,12 @@ def run_forward(
 def run_backward(
     convolved: Convolved, gradients: Any, chunk: int, dout: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None,
     cells: Tensor | None, z: Tensor, images: Tensor, x: Tensor | None, c_0: Tensor | None, need_x: bool,
-    need_state: bool,
+    need_state: bool, dfed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Adds to the gradients of the parameters, whose sums take up ``chunk`` steps at a time.
 
-    ``x`` (N, T, H, W, C) is needed where not all of it lies in the images.
+    ``x`` (N, T, H, W, C) is needed where not all of it lies in the images. ``dfed`` (N, H, W, C_h) is one more term of
+    the last step's h.
 
     Returns:
         The gradients of x, h_0 and c_0, empty unless needed.
@@ -306,7 +310,7 @@ def run_backward(
     steps = layer.steps
     if dout is not None and not _is_even(dout[:, 0]):
         dout = dout.clone(memory_format=torch.contiguous_format)
-    dh, dc_in = _even(dh_n), None if dc_n is None else dc_n.contiguous()
+    dfed, dh, dc_in = _even(dfed), _even(dh_n), None if dc_n is None else dc_n.contiguous()
     dc = torch.empty((layer.clips, *layer.size, layer.hidden), dtype=torch.float32, device=z.device)
     own_dx = need_x and (steps > 1 or not beside)
     dx = z.new_empty((layer.clips, steps, *layer.size_in, layer.channels) if own_dx else (0,))
@@ -318,8 +322,8 @@ def run_backward(
         da_s = da[-1 - waiting]
         c_in = c_0 if s == 0 or cells is None else cells[:, before]
         dout_t = None if dout is None else dout[:, t]
-        convolved.back(z[s], c_in, dout_t, dh, dc_in, dc, da_s, gradients.dpeephole, gradients.dbias)
-        dc_in = dc
+        convolved.back(z[s], c_in, dout_t, dfed, dh, dc_in, dc, da_s, gradients.dpeephole, gradients.dbias)
+        dc_in, dfed = dc, None
         those = None if s < skipped else images[s - skipped :]
         if those is None and beside and x is not None:
             those = x[:, t].contiguous()[None]

@@ -18,26 +18,27 @@ _MOST = 4096
 _launchers: dict[tuple[Any, ...], Launcher] = {}
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up: without what Triton's asks of its arguments."""
+    return -(-a // b)
+
+
 class Launcher:
     """A kernel with its compile-time constants, to be launched many times; made by :func:`prepare`."""
 
     def __init__(self, kernel: Any, constants: Mapping[str, Any], num_warps: int, registers: int) -> None:
         self.kernel, self.constants, self.num_warps, self.registers = kernel, dict(constants), num_warps, registers
         # An interpreted kernel has no such list, and no compiled form either.
-        self.loose = frozenset(getattr(kernel, "do_not_specialize", ()))
+        self.loose = [kernel.arg_names.index(name) for name in getattr(kernel, "do_not_specialize", ())]
         self.forms: dict[tuple[Any, ...], tuple[CompiledKernel, tuple[Any, ...]]] = {}
 
     def form(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """What of the arguments decides which compiled form they need: at least as fine as Triton's own rule."""
-        found: list[Any] = []
-        for position, value in enumerate(args):
-            if isinstance(value, Tensor):
-                found.append((value.dtype, value.data_ptr() & 15))
-            elif value is None or not self.loose or self.kernel.arg_names[position] not in self.loose:
-                found.append(value)
-            else:
-                found.append(-_INT32 <= value < _INT32)
-        return tuple(found)
+        form = [(value.dtype, value.data_ptr() & 15) if isinstance(value, Tensor) else value for value in args]
+        for position in self.loose:
+            if position < len(form) and form[position] is not None:
+                form[position] = -_INT32 <= form[position] < _INT32
+        return tuple(form)
 
     def __call__(self, grid: tuple[int, ...], *args: Any) -> None:
         """``kernel[grid](*args, **constants, num_warps=num_warps)``, on the first argument's GPU.
@@ -45,7 +46,7 @@ class Launcher:
         That need not be the current one. Where it has too little shared memory, fewer stages are tried.
         """
         at = args[0].get_device()  # -1 for memory of the CPU
-        if at >= 0 and at != torch.cuda.current_device():
+        if at >= 0 and at != torch._C._cuda_getDevice():
             with torch.cuda.device(at):
                 self(grid, *args)
             return

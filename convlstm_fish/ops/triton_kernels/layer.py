@@ -14,7 +14,7 @@ from torch import Tensor
 from convlstm_fish.ops.geometry import same_padding
 from convlstm_fish.ops.triton_kernels import tuning
 from convlstm_fish.ops.triton_kernels.common import pack_weights
-from convlstm_fish.ops.triton_kernels.launch import launch
+from convlstm_fish.ops.triton_kernels.launch import cdiv, launch
 from convlstm_fish.ops.triton_kernels.tuning import round_channels
 
 
@@ -120,8 +120,8 @@ def make_layer(
 
 def tile_count(size: tuple[int, int], pixels: int, patch: int, halo: int = 0) -> int:
     if patch == 0:
-        return triton.cdiv(size[0] * size[1], pixels)
-    return triton.cdiv(size[0], pixels // patch) * triton.cdiv(size[1], patch - 2 * halo)
+        return cdiv(size[0] * size[1], pixels)
+    return cdiv(size[0], pixels // patch) * cdiv(size[1], patch - 2 * halo)
 
 
 def pack(weight: Tensor, layer: Layer, rows: int, block: int, transposed: bool, side_by_side: bool = False) -> Tensor:
@@ -133,15 +133,15 @@ def pack(weight: Tensor, layer: Layer, rows: int, block: int, transposed: bool, 
     gates, inputs = weight.shape[0], weight.shape[1] if weight.dim() > 1 else 1
     taps = all_taps = weight[0].numel() // inputs
     channels = round_channels(gates if transposed else inputs) if weight.dim() > 1 else 1
-    columns = triton.cdiv(inputs if transposed else gates // 4, block) * block
+    columns = cdiv(inputs if transposed else gates // 4, block) * block
     if side_by_side:
         taps //= 3
     if side_by_side or not transposed:
         columns *= 4
-    height = triton.cdiv(taps * channels, rows) * rows
+    height = cdiv(taps * channels, rows) * rows
     dtype = layer.dtype if weight.dim() > 1 else torch.float32
     packed = torch.empty(height, columns, dtype=dtype, device=weight.device)
-    grid = (triton.cdiv(packed.numel(), 1024),)
+    grid = (cdiv(packed.numel(), 1024),)
     args = (weight, packed, columns, gates // 4, inputs, channels, all_taps, packed.numel())
     constants = {
         "BC": block, "TRANSPOSED": transposed, "SIDE_BY_SIDE": side_by_side,

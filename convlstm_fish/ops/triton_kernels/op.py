@@ -109,17 +109,18 @@ class UnrollTriton:
         """Why it cannot take a step on this input, or None if it can."""
         return self._above or unsupported(input.unsqueeze(1), None, **self._first)
 
-    def __call__(self, input: Tensor, states: Sequence[State | None]) -> tuple[Tensor, list[State]]:
-        """The last layer's h after a step on (N, C, H, W), and all states."""
+    def __call__(self, input: Tensor | None, states: Sequence[State | None]) -> tuple[Tensor, list[State]]:
+        """The last layer's h after a step on (N, C, H, W), or on the last layer's h of the states, and all states."""
         if [p._version for p in self._all] != self._versions:
             raise RuntimeError("the weights have changed since the first step; unroll the layers again")
-        dtype, tf32 = _compute_dtype(input), torch.backends.cudnn.allow_tf32
+        x = states[-1][0] if input is None else input  # type: ignore[index]
+        dtype, tf32 = _compute_dtype(x), torch.backends.cudnn.allow_tf32
         key = (
-            input.shape, input.dtype, input.device, dtype, tf32, torch.is_grad_enabled(),
+            x.shape, x.dtype, x.device, dtype, tf32, torch.is_grad_enabled(),
             *(None if s is None else tuple((t.shape, t.dtype, t.device) for t in s) for s in states),
         )  # fmt: skip
         if key not in self._unrolled:
-            self._unrolled[key] = self._make(input, states, dtype, tf32)
+            self._unrolled[key] = self._make(x, states, dtype, tf32)
         return self._unrolled[key](input, states)
 
     def _make(self, input: Tensor, states: Sequence[State | None], dtype: torch.dtype, tf32: bool) -> Unrolled:

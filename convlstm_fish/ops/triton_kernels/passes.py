@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import triton
 from torch import Tensor
 
 from convlstm_fish.ops.hopper_kernels import passes as hopper
 from convlstm_fish.ops.hopper_kernels.compiled import aligned
-from convlstm_fish.ops.triton_kernels.launch import launch
+from convlstm_fish.ops.triton_kernels.launch import Launcher, cdiv, prepare
 from convlstm_fish.ops.triton_kernels.layer import Layer, gate_dtype, multiprocessors, tile_count
 from convlstm_fish.ops.triton_kernels.steps import backward_step, forward_step
 from convlstm_fish.ops.triton_kernels.sums import write_image_gradient
@@ -47,7 +48,7 @@ def run_forward(
         h.zero_()
     w_x, w_h, bias = weights.forward
     tiles = tile_count(layer.size, tile.pixels, tile.patch)
-    items = tiles * triton.cdiv(layer.hidden, tile.channels) * clips
+    items = tiles * cdiv(layer.hidden, tile.channels) * clips
     programs = min(items, tile.held * multiprocessors(layer.device)) if tile.held else items
     constants = layer.constants() | {
         "tiles": tiles, "HELD": tile.held > 0, "ldw": w_h.shape[1], "PEEPHOLE": weights.peephole_kind,
@@ -56,6 +57,7 @@ def run_forward(
         "BK": tile.rows, "BKX": tile.rows_x, "TW": tile.patch, "STAGES": tile.stages,
     }  # fmt: skip
     factor = x if mask is None else mask  # a pointer that is only read with HAS_MASK
+    runs: dict[bool, Launcher] = {}
     for s in range(steps):
         h_in, h_out = h, h
         h_in_t = h_out_t = numbers
@@ -70,8 +72,10 @@ def run_forward(
             s, steps, items, x.stride(0), x.stride(1), h_in.stride(0), h_in_t, h.stride(0), h_out_t,
             steps * numbers, numbers, 4 * steps * numbers, 4 * numbers, numbers,
         )  # fmt: skip
-        constants["HAS_STATE"] = s > 0 or h_0 is not None
-        launch(forward_step, (programs,), args, constants, tile.warps, tile.registers)
+        has_state = s > 0 or h_0 is not None
+        if has_state not in runs:
+            runs[has_state] = prepare(forward_step, constants | {"HAS_STATE": has_state}, tile.warps, tile.registers)
+        runs[has_state]((programs,), *args)
     return h, c, cells, gates
 
 
@@ -136,7 +140,8 @@ def run_backward(
     dh_before = torch.empty_like(dc, dtype=x.dtype) if need_state or (apart and steps > 1) else x.new_empty(0)
     # Without a product to make, a wide layer's programs are small, so that more of them run side by side.
     constants["BC"] = min(tile.channels, 32) if apart else tile.channels
-    grid = (layer.tiles_per_image * triton.cdiv(hidden, constants["BC"]), clips)
+    grid = (layer.tiles_per_image * cdiv(hidden, constants["BC"]), clips)
+    runs: dict[Any, Launcher] = {}
     waiting = 0
     for s in reversed(range(steps)):
         h_in, c_in, before_t = h, cells, numbers
@@ -149,13 +154,13 @@ def run_backward(
             h_in.stride(0), before_t, c_in.stride(0), before_t, 4 * steps * numbers, 4 * numbers,
             steps * numbers, numbers, da.stride(0), da.stride(1), numbers,
         )  # fmt: skip
-        constants |= {
-            "HAS_STATE": s > 0 or h_0 is not None,
-            "HAS_NEXT": not apart and (lengths is not None or s + 1 < steps),
-            "HAS_DH": dh is not None,
-            "HAS_DC": dc_in is not None,
-        }
-        launch(backward_step, grid, args, constants, tile.warps, tile.registers)
+        kind = (
+            ("HAS_STATE", s > 0 or h_0 is not None), ("HAS_NEXT", not apart and (lengths is not None or s + 1 < steps)),
+            ("HAS_DH", dh is not None), ("HAS_DC", dc_in is not None),
+        )  # fmt: skip
+        if kind not in runs:
+            runs[kind] = prepare(backward_step, constants | dict(kind), tile.warps, tile.registers)
+        runs[kind](grid, *args)
         dc_in = dc
         wanted = s > 0 or need_state
         if wanted and (apart or s == 0):

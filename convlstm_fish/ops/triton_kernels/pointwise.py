@@ -99,16 +99,17 @@ def update_state(
 
 @triton.jit
 def update_gradients(
-    z_ptr, bias_ptr, c_in_ptr, dout_ptr, dh_ptr, dc_in_ptr, dc_ptr, da_ptr, dpeephole_ptr, dbias_ptr,
-    w_ci_ptr, w_cf_ptr, w_co_ptr, z_n, c_in_n, dout_n, dh_n, state_n,
-    parts: tl.constexpr, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, DOUT: tl.constexpr, DH: tl.constexpr,
-    ACT: tl.constexpr, FAST: tl.constexpr, PEEPHOLE: tl.constexpr, HAS_STATE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_DC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, ROUNDS: tl.constexpr,
+    z_ptr, bias_ptr, c_in_ptr, dout_ptr, dfed_ptr, dh_ptr, dc_in_ptr, dc_ptr, da_ptr, dpeephole_ptr, dbias_ptr,
+    w_ci_ptr, w_cf_ptr, w_co_ptr, z_n, c_in_n, dout_n, dfed_n, dh_n, state_n,
+    parts: tl.constexpr, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, DOUT: tl.constexpr, DFED: tl.constexpr,
+    DH: tl.constexpr, ACT: tl.constexpr, FAST: tl.constexpr, PEEPHOLE: tl.constexpr, HAS_STATE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_DC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the gates before activation, and of c_{t-1}, from those of h_t (two terms) and c_t.
+    """Gradients of the gates before activation, and of c_{t-1}, from those of h_t (up to three terms) and c_t.
 
-    Grid: (parts * channel blocks, clips). The pixels of ``dout`` lie DOUT numbers apart and those of ``dh`` DH, 0 where
-    there is none. A part is ROUNDS tiles, whose numbers a thread adds up for the bias before threads add theirs.
+    Grid: (parts * channel blocks, clips). The pixels of ``dout`` lie DOUT numbers apart, those of the other terms DFED
+    and DH, 0 where there is none. A part is ROUNDS tiles, whose numbers a thread adds up for the bias before threads
+    add theirs.
     """
     blocks: tl.constexpr = (C + BC - 1) // BC
     part = tl.program_id(0) // blocks
@@ -128,6 +129,8 @@ def update_gradients(
             dh += tl.load(dh_ptr + n * dh_n + pixel * DH + ch, mask=exists, other=0.0)
         if DOUT > 0:
             dh += tl.load(dout_ptr + n * dout_n + pixel * DOUT + ch, mask=exists, other=0.0)
+        if DFED > 0:
+            dh += tl.load(dfed_ptr + n * dfed_n + pixel * DFED + ch, mask=exists, other=0.0)
         dc = tl.zeros((BM, BC), dtype=tl.float32)
         if HAS_DC:
             dc = tl.load(dc_in_ptr + n * state_n + at, mask=exists, other=0.0)

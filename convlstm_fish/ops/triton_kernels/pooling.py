@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from convlstm_fish.ops.triton_kernels.launch import launch
+from convlstm_fish.ops.triton_kernels.launch import cdiv, launch
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def _pool(x: Tensor, size: int) -> Tensor:
     frames, height, width, channels = x.shape
     out = x.new_empty(frames, height // size, width // size, channels)
     constants = {"H": height, "W": width, "C": channels, "SIZE": size, "BLOCK": 1024}
-    launch(pool_forward, (frames * triton.cdiv(out[0].numel(), 1024),), (x, out), constants, num_warps=4)
+    launch(pool_forward, (frames * cdiv(out[0].numel(), 1024),), (x, out), constants, num_warps=4)
     return out
 
 
@@ -93,10 +93,10 @@ def _(x: Tensor, size: int) -> Tensor:
 def _pool_gradient(x: Tensor, dout: Tensor, size: int) -> Tensor:
     frames, height, width, channels = x.shape
     dx = torch.empty_like(x)
-    windows = triton.cdiv(height, size) * triton.cdiv(width, size) * channels
+    windows = cdiv(height, size) * cdiv(width, size) * channels
     constants = {"H": height, "W": width, "C": channels, "SIZE": size, "BLOCK": 1024}
     args = (x, dout.contiguous(), dx)
-    launch(pool_backward, (frames * triton.cdiv(windows, 1024),), args, constants, num_warps=4)
+    launch(pool_backward, (frames * cdiv(windows, 1024),), args, constants, num_warps=4)
     return dx
 
 

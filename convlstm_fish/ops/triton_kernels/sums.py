@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from convlstm_fish.ops.triton_kernels.gradients import image_gradient, weight_gradients
-from convlstm_fish.ops.triton_kernels.launch import launch
+from convlstm_fish.ops.triton_kernels.launch import cdiv, launch
 from convlstm_fish.ops.triton_kernels.layer import Layer, can_shift, multiprocessors, pack, tile_count
 from convlstm_fish.ops.triton_kernels.tuning import Tile, choose_image, round_channels
 
@@ -29,11 +29,11 @@ class WeightSums:
         if not (rows_h and rows_x):  # the rows of one weight may be fewer than a program takes
             tile = tile._replace(rows=min(tile.rows, max(16, triton.next_power_of_2(rows_h + rows_x))))
         self.layer, self.tile, self.weight_hh, self.weight_ih = layer, tile, weight_hh, weight_ih
-        self.blocks_h, self.blocks_x = triton.cdiv(rows_h, tile.rows), triton.cdiv(rows_x, tile.rows)
+        self.blocks_h, self.blocks_x = cdiv(rows_h, tile.rows), cdiv(rows_x, tile.rows)
         blocks = self.blocks_h + self.blocks_x
         self.groups = 1 if weight_hh is not None and weight_ih is not None else blocks
         columns = 4 * layer.hidden
-        self.column_blocks = triton.cdiv(columns, tile.columns)
+        self.column_blocks = cdiv(columns, tile.columns)
         self.tiles_per_image = tile_count(layer.size, tile.pixels, tile.patch)
         self.portions = max(1, min(self.tiles_per_image * layer.clips, _PROGRAMS // (self.groups * self.column_blocks)))
         device = layer.device
@@ -54,7 +54,7 @@ class WeightSums:
         items = self.tiles_per_image * layer.clips * steps
         args = (
             h, x if factor is None else factor, x, da, self.sums, lengths,
-            first, layer.steps, da.shape[1], items, triton.cdiv(items, self.portions), int(with_h),
+            first, layer.steps, da.shape[1], items, cdiv(items, self.portions), int(with_h),
             self.sums.shape[1], h.stride(0), h_t,
             x.stride(0), x.stride(1), da.stride(0), da.stride(1), 0 if factor is None else factor.stride(0),
         )  # fmt: skip
@@ -89,7 +89,7 @@ def _fill(layer: Layer, tile: Tile, size: tuple[int, int], channels: int, steps:
     # Half the pixels leave room for twice as many rows at a time.
     rows = 128 if round_channels(4 * layer.hidden) % 128 == 0 and tile.channels >= 64 else tile.rows_back
     for change in ({"pixels": 64, "rows_back": rows}, {"channels": 64}, {"channels": 32}):
-        tiles = tile_count(size, tile.pixels, tile.patch) * triton.cdiv(channels, tile.channels)
+        tiles = tile_count(size, tile.pixels, tile.patch) * cdiv(channels, tile.channels)
         if 10 * tiles * layer.clips * steps >= 9 * multiprocessors(layer.device):
             break
         if change.get("channels", 0) < tile.channels:
@@ -124,7 +124,7 @@ def write_image_gradient(
     height, width, channels = out.shape[-3:]
     tile = weight.tile if weight.tile.halo else _fill(layer, weight.tile, (height, width), channels, steps)
     tiles = tile_count((height, width), tile.pixels, tile.patch, tile.halo)
-    grid = (tiles * triton.cdiv(channels, tile.channels), layer.clips, steps)
+    grid = (tiles * cdiv(channels, tile.channels), layer.clips, steps)
     args = (
         da, weight.packed, factor, out, lengths, first, layer.steps, da.shape[1], da.stride(0), da.stride(1),
         out.stride(0), out_t, 0 if factor is None else factor.stride(0),

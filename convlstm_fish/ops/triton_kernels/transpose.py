@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from convlstm_fish.ops.triton_kernels.launch import launch
+from convlstm_fish.ops.triton_kernels.launch import cdiv, launch
 
 _MOST_CHANNELS = 8
 
@@ -31,7 +31,7 @@ def few_channels_last(frames: Tensor, dtype: torch.dtype) -> Tensor:
     out = frames.new_empty(count, height, width, channels, dtype=dtype)
     total = count * height * width
     constants = {"C": channels, "CP": triton.next_power_of_2(channels), "BLOCK": 1024}
-    launch(transpose, (triton.cdiv(total, 1024),), (frames, out, height * width, total), constants, num_warps=4)
+    launch(transpose, (cdiv(total, 1024),), (frames, out, height * width, total), constants, num_warps=4)
     return out
 
 

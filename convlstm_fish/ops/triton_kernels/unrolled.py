@@ -127,11 +127,12 @@ class _Steps:
         return h.squeeze(1), c, (x, h_0, c_0, gates)
 
     def backward(
-        self, gradients: DeferredGradients, kept: tuple[Tensor, ...], dout: Tensor | None, dh: Tensor | None,
-        dc: Tensor | None, need_x: bool, need_state: bool,
+        self, gradients: DeferredGradients, kept: tuple[Tensor, ...], dout: Tensor | None, dfed: Tensor | None,
+        dh: Tensor | None, dc: Tensor | None, need_x: bool, need_state: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """The gradients of x (N, 1, H, W, C), h_0 and c_0, empty unless needed, from two of h and that of c."""
+        """The gradients of x (N, 1, H, W, C), h_0 and c_0, empty unless needed, from three of h and that of c."""
         x, h_0, c_0, gates = kept
+        dout = dfed if dout is None else dout if dfed is None else dout + dfed
         dout = None if dout is None else dout.unsqueeze(1)
         return run_backward(
             self.layer, self.weights, gradients, dout, dh, dc, h_0, c_0, gates, x, h_0, c_0, None, None, need_x,
@@ -196,14 +197,14 @@ class _ConvolvedSteps(_Steps):
         return h, c, (c_0, z, images, None if own_x is None else own_x.unsqueeze(1))
 
     def backward(
-        self, gradients: DeferredGradients, kept: tuple[Tensor, ...], dout: Tensor | None, dh: Tensor | None,
-        dc: Tensor | None, need_x: bool, need_state: bool,
+        self, gradients: DeferredGradients, kept: tuple[Tensor, ...], dout: Tensor | None, dfed: Tensor | None,
+        dh: Tensor | None, dc: Tensor | None, need_x: bool, need_state: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """See the base class."""
         c_0, z, images, x = kept
         dout = None if dout is None else dout.unsqueeze(1)
         return convolved.run_backward(
-            self.steps, gradients, 1, dout, dh, dc, None, z, images, x, c_0, need_x, need_state
+            self.steps, gradients, 1, dout, dh, dc, None, z, images, x, c_0, need_x, need_state, dfed
         )
 
 
@@ -212,30 +213,50 @@ class _Stack:
 
     def __init__(self, layers: Sequence[_Steps]) -> None:
         self.layers = layers
+        self.feeds_back = False  # a step has read the last layer's h of the one before
+        self.fed: Tensor | None = None  # where the first layer's next step has that beside its own h
         self.steps = 0
         self.task: int | None = None
         self.gradients: list[DeferredGradients] | None = None
 
     def forward(
-        self, x: Tensor, states: Sequence[tuple[Tensor | None, Tensor | None]], tracked: bool
+        self, x: Tensor, states: Sequence[tuple[Tensor | None, Tensor | None]], tracked: bool, fed_back: bool
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """h and c of all layers after a step, and what its backward pass needs."""
         self.steps += tracked
+        self.feeds_back |= fed_back
         after: list[Tensor] = []
         kept: list[Tensor | None] = []
+        if fed_back and self.fed is not None:
+            x = self.fed
         for number, (layer, (h_0, c_0)) in enumerate(zip(self.layers, states)):
-            if isinstance(layer, _ConvolvedSteps) and number + 1 < len(self.layers):
-                place = self.layers[number + 1].place(states[number + 1][0])
-                if place is None:
-                    place = layer.steps.weight.new_empty(layer.layer.clips, *layer.layer.size, layer.layer.hidden)
+            if isinstance(layer, _ConvolvedSteps):
+                place = self._place(layer, number, states)
                 h, c, those = layer.forward(x, h_0, c_0, tracked, place)
-                x = place
+                x = h if place is None else place
             else:
                 h, c, those = layer.forward(x, h_0, c_0, tracked)
                 x = h
             after += [h, c]
             kept += those
         return after, kept
+
+    def _place(
+        self, layer: _ConvolvedSteps, number: int, states: Sequence[tuple[Tensor | None, Tensor | None]]
+    ) -> Tensor | None:
+        """Where what reads a layer's h finds it, besides the layer's own next step."""
+        if number + 1 < len(self.layers):
+            place = self.layers[number + 1].place(states[number + 1][0])
+            if place is not None:
+                return place
+            return layer.steps.weight.new_empty(layer.layer.clips, *layer.layer.size, layer.layer.hidden)
+        first = self.layers[0]
+        self.fed = None
+        if self.feeds_back and first is not layer and isinstance(first, _ConvolvedSteps) and first.upcoming is not None:
+            self.fed = first.upcoming[..., : first.steps.beside]
+            if self.fed.shape[-1] != layer.layer.hidden:
+                self.fed = None
+        return self.fed
 
     def under_way(self, wanted: bool) -> list[DeferredGradients]:
         """The sums of this backward pass. One that never asked for the weights' gradients left its own behind."""
@@ -293,40 +314,42 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, stack: _Stack, tracked: bool, parameters: Tensor, x: Tensor, *states: Tensor | None
+        ctx: Any, stack: _Stack, tracked: bool, fed_back: bool, parameters: Tensor, x: Tensor, *states: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """The last layer's h, and h and c of each layer."""
+        """The last layer's h, that for the step it is fed back to, and h and c of each layer."""
         ctx.set_materialize_grads(False)
         ctx.stack = stack
         pairs = [(_last(h), _last(c)) for h, c in zip(states[::2], states[1::2])]
-        after, kept = stack.forward(x.permute(0, 2, 3, 1), pairs, tracked)
+        after, kept = stack.forward(x.permute(0, 2, 3, 1), pairs, tracked, fed_back)
         ctx.save_for_backward(*kept)
-        # The last h twice, for the gradients of what reads it to arrive apart, and be added where they are needed.
-        return (_first(after[-2]), *(_first(each) for each in after))
+        # The last h thrice, for the gradients of what reads it to arrive apart, and be added where they are needed.
+        return (_first(after[-2]), _first(after[-2]), *(_first(each) for each in after))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, *dstates: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dout: Tensor | None, dfed: Tensor | None, *dstates: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         """The gradients of x and the states; those of the weights wait."""
         stack, kept, need = ctx.stack, ctx.saved_tensors, ctx.needs_input_grad
-        gradients = stack.under_way(need[2])
+        gradients = stack.under_way(need[3])
         found: list[Tensor | None] = [None] * len(need)
-        above = _last(dout)
+        above, fed = _last(dout), _last(dfed)
         for number in reversed(range(len(stack.layers))):
             dh, dc = dstates[2 * number : 2 * number + 2]
-            if above is None and dh is None and dc is None:
+            if above is None and fed is None and dh is None and dc is None:
                 continue
-            first = 4 + 2 * number
-            need_x, need_state = number > 0 or need[3], need[first] or need[first + 1]
+            first = 5 + 2 * number
+            need_x, need_state = number > 0 or need[4], need[first] or need[first + 1]
             dx, dh_0, dc_0 = stack.layers[number].backward(
-                gradients[number], kept[_KEPT * number : _KEPT * (number + 1)], above, _last(dh), _last(dc), need_x,
-                need_state,
+                gradients[number], kept[_KEPT * number : _KEPT * (number + 1)], above, fed, _last(dh), _last(dc),
+                need_x, need_state,
             )  # fmt: skip
-            above = dx[:, 0] if need_x else None
+            above, fed = dx[:, 0] if need_x else None, None
             if need_state:
                 found[first : first + 2] = _first(dh_0), _first(dc_0)
         if above is not None:
-            found[3] = _first(above)
+            found[4] = _first(above)
         return tuple(found)
 
 
@@ -345,15 +368,28 @@ class Unrolled:
             weights = Weights(layer, *plain, plain=True)  # type: ignore[arg-type]
             steps.append(_Steps(weights) if weights.convolved is None else _ConvolvedSteps(weights, weights.convolved))
         self.stack = _Stack(steps)
+        self.last: tuple[Tensor, Tensor] | None = (
+            None  # the last layer's h after the last step, and the same to feed back
+        )
         self.parameters: Tensor = _Parameters.apply(self.stack, *(p for those in parameters for p in those))
 
     def __call__(
-        self, x: Tensor, states: Sequence[tuple[Tensor, Tensor] | None]
+        self, x: Tensor | None, states: Sequence[tuple[Tensor, Tensor] | None]
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """The last layer's h, and h and c of each, (N, C_h, H', W'), from x (N, C, H, W) and the states."""
+        """The last layer's h, and h and c of each, (N, C_h, H', W'), from x (N, C, H, W) and the states.
+
+        Without x the first layer reads the last one's h of the states, which are given.
+        """
+        last, fed_back = self.last, False
+        if x is None:
+            assert states[-1] is not None
+            x = states[-1][0]
+            if last is not None and x is last[0]:
+                x, fed_back = last[1], True
         flat = [t for state in states for t in (state or (None, None))]
         tracked = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (self.parameters, x, *flat)
         )
-        output, *after = _Step.apply(self.stack, tracked, self.parameters, x, *flat)
+        output, again, *after = _Step.apply(self.stack, tracked, fed_back, self.parameters, x, *flat)
+        self.last = after[-2], again
         return output, list(zip(after[::2], after[1::2]))
