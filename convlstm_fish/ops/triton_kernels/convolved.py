@@ -25,8 +25,10 @@ from convlstm_fish.ops.triton_kernels.sums import ImageWeight, WeightSums, image
 _FORWARD = (32, 64, 4)
 _BACKWARD = (16, 64, 4)
 _ROUNDS = 8
-# Channels of an input that does not lie in the image, at most.
+# Channels of an input that does not lie in the image, at most, and of its products a gate those that are added one by
+# one.
 _FEW = 4
+_DIRECT = 16
 
 
 def covers(layer: Layer) -> bool:
@@ -88,6 +90,7 @@ class Convolved:
         self.weight = self._laid_out(torch.cat([weight_ih, weight_hh], 1) if self.beside else weight_hh)
         self.bias = None if bias is None else bias.detach().float().contiguous()
         self.peephole = peephole
+        self.direct = weight_ih[0].numel() <= _DIRECT
         self.padding = [k // 2 for k in layer.kernel]
         pixels = layer.size[0] * layer.size[1]
         self.parts = cdiv(pixels, _BACKWARD[0] * _ROUNDS)
@@ -111,6 +114,9 @@ class Convolved:
 
     @cached_property
     def _packed_x(self) -> Tensor:
+        """W_ih as the launch reads it that adds its convolution."""
+        if self.direct:
+            return self.weight_ih.detach().to(self.layer.dtype).permute(2, 3, 1, 0).contiguous()
         return pack(self.weight_ih, self.layer, 16, _FORWARD[1], False)
 
     @cached_property
@@ -170,6 +176,7 @@ class Convolved:
             constants = self.constants | self.constants_x | {
                 "OUT": out, "NEXT": following, "HAS_STATE": has_state, "SAVE_C": save_c, "BM": pixels, "BC": channels,
                 "HAS_Z": has_z, "HAS_X": has_x, "SAVE_Z": save_z, "ldw": self._packed_x.shape[1] if has_x else 0,
+                "DIRECT": self.direct,
             }  # fmt: skip
             run = self.launchers[kind] = prepare(update_state, constants, warps)
         return run

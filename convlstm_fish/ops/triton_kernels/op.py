@@ -201,7 +201,7 @@ def conv_lstm_triton(
         None if lengths is None else lengths.to(device=x.device, dtype=torch.int32),
         list(where.out), list(where.stride), [before for before, _ in where.pads], list(where.dilation),
         ACTIVATIONS.index(recurrent_activation), torch.backends.cudnn.allow_tf32, reverse,
-        return_sequences or tracked, tracked,
+        return_sequences, tracked,
     )  # fmt: skip
     state = (h_n.permute(0, 3, 1, 2), c_n.permute(0, 3, 1, 2))
     return (output.permute(0, 1, 4, 2, 3) if return_sequences else None), state

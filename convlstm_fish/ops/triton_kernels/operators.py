@@ -28,23 +28,26 @@ def conv_lstm_forward(
     x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None,
     w_ci: Tensor | None, w_cf: Tensor | None, w_co: Tensor | None, mask: Tensor | None, lengths: Tensor | None,
     size: list[int], stride: list[int], pads: list[int], dilation: list[int], activation: int, tf32: bool,
-    reverse: bool, keep_h: bool, keep_c: bool,
+    reverse: bool, sequences: bool, tracked: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Runs the steps. Channels last throughout: x (N, T, H, W, C), states (N, H', W', C_h), mask the same.
 
     Returns:
-        h of every step (N, T, H', W', C_h), empty without ``keep_h``; h_n; c_n; and for the backward pass, in the
-        dtype of x and empty without ``keep_c``, c of every step, for wide layers the gates (N, T, H', W', 4 * C_h), or
-        for convolved ones those before activation (T, N, H', W', 4 * C_h), and the images; see their run_forward.
+        h of every step (N, T, H', W', C_h), empty where neither ``sequences`` nor the backward pass asks for it; h_n;
+        c_n; and for the backward pass, in the dtype of x and empty unless ``tracked``, c of every step, for wide layers
+        the gates (N, T, H', W', 4 * C_h), or for convolved ones those before activation (T, N, H', W', 4 * C_h), and
+        the images; see their run_forward.
     """
     layer = make_layer(x, weight_ih, weight_hh, size, stride, pads, dilation, activation, tf32, reverse)
     plain = mask is None and lengths is None
     weights = Weights(layer, weight_ih, weight_hh, bias, w_ci, w_cf, w_co, plain=plain)
     images = x.new_empty(0)
     if weights.convolved is not None:
-        h, c, cells, gates, images = convolved.run_forward(weights.convolved, x, h_0, c_0, keep_h, keep_c)
+        keep_h = sequences  # its backward pass finds h in the images
+        h, c, cells, gates, images = convolved.run_forward(weights.convolved, x, h_0, c_0, keep_h, tracked)
     else:
-        h, c, cells, gates = run_forward(layer, weights, x, h_0, c_0, mask, lengths, keep_h, keep_c)
+        keep_h = sequences or tracked
+        h, c, cells, gates = run_forward(layer, weights, x, h_0, c_0, mask, lengths, keep_h, tracked)
     if keep_h:
         return h, _last(h, lengths, reverse), c, cells, gates, images
     if lengths is None:
@@ -59,21 +62,21 @@ def _(
     x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None,
     w_ci: Tensor | None, w_cf: Tensor | None, w_co: Tensor | None, mask: Tensor | None, lengths: Tensor | None,
     size: list[int], stride: list[int], pads: list[int], dilation: list[int], activation: int, tf32: bool,
-    reverse: bool, keep_h: bool, keep_c: bool,
+    reverse: bool, sequences: bool, tracked: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     layer = make_layer(x, weight_ih, weight_hh, size, stride, pads, dilation, activation, tf32, reverse)
     clips, steps, frame = layer.clips, layer.steps, (*size, layer.hidden)
-    is_convolved = keep_c and mask is None and lengths is None and convolved.covers(layer)
+    is_convolved = tracked and mask is None and lengths is None and convolved.covers(layer)
     gates = x.new_empty(0, dtype=gate_dtype(x.dtype))
     if is_convolved:
         gates = x.new_empty(steps, clips, *size, 4 * layer.hidden)
-    elif keep_c and layer.tiles.keep_gates:
+    elif tracked and layer.tiles.keep_gates:
         gates = x.new_empty((clips, steps, *size, 4 * layer.hidden), dtype=gate_dtype(x.dtype))
     return (
-        x.new_empty((clips, steps, *frame) if keep_h else (0,)),
+        x.new_empty((clips, steps, *frame) if sequences or (tracked and not is_convolved) else (0,)),
         x.new_empty((clips, *frame)),
         x.new_empty((clips, *frame), dtype=torch.float32),
-        x.new_empty((clips, steps, *frame) if keep_c else (0,)),
+        x.new_empty((clips, steps, *frame) if tracked else (0,)),
         gates,
         x.new_empty(
             (steps - (h_0 is None), clips, *size, convolved.image_channels(layer) + layer.hidden)

@@ -40,13 +40,13 @@ def update_state(
     HAS_X: tl.constexpr, SAVE_Z: tl.constexpr, HI: tl.constexpr, WI: tl.constexpr, C_IN: tl.constexpr,
     CP_IN: tl.constexpr, KHX: tl.constexpr, KWX: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
     PY: tl.constexpr, PX: tl.constexpr, DY: tl.constexpr, DX: tl.constexpr, PRECISION: tl.constexpr,
-    BK: tl.constexpr, ldw: tl.constexpr,
+    BK: tl.constexpr, ldw: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
     """h_t and c_t from the convolutions' sum and c_{t-1}.
 
     Grid: (tiles * channel blocks, clips). h goes to ``h_out``, whose pixels lie OUT numbers apart, and to ``h_next``
     with NEXT, where these are not 0. With HAS_X, z holds the recurrent convolution, or without HAS_Z nothing, and the
-    input's is added here.
+    input's is added here: DIRECT, product by product, of weights (KHX, KWX, C_IN, 4 * C), else by the tensor cores.
     """
     blocks: tl.constexpr = (C + BC - 1) // BC
     block = tl.program_id(0) % blocks
@@ -67,7 +67,21 @@ def update_state(
     gates_at = pixel * (4 * C) + ch
     if HAS_Z:
         z_i, z_f, z_g, z_o = load_gates(kept, gates_at, exists, C)
-    if HAS_X:
+    if HAS_X and DIRECT:
+        for ky in tl.static_range(KHX):
+            for kx in tl.static_range(KWX):
+                y_in = run // W * SY + ky * DY - PY
+                x_in = run % W * SX + kx * DX - PX
+                inside = (run < H * W) & (y_in >= 0) & (y_in < HI) & (x_in >= 0) & (x_in < WI)
+                source = x_ptr + n * x_n + (y_in * WI + x_in) * C_IN
+                for k in tl.static_range(C_IN):
+                    value = tl.load(source + k, mask=inside, other=0.0).to(tl.float32)[:, None]
+                    w_i, w_f, w_g, w_o = load_gates(w_x_ptr, ((ky * KWX + kx) * C_IN + k) * (4 * C) + ch, ch < C, C)
+                    z_i += value * w_i
+                    z_f += value * w_f
+                    z_g += value * w_g
+                    z_o += value * w_o
+    elif HAS_X:
         acc = tl.zeros((BM, 4 * BC), dtype=tl.float32)
         columns = block * (4 * BC) + tl.arange(0, 4 * BC)
         acc = convolve(
@@ -80,8 +94,8 @@ def update_state(
         z_f += a_f
         z_g += a_g
         z_o += a_o
-        if SAVE_Z:
-            store_gates(kept + gates_at, z_i, z_f, z_g, z_o, exists, C)
+    if HAS_X and SAVE_Z:
+        store_gates(kept + gates_at, z_i, z_f, z_g, z_o, exists, C)
     if HAS_BIAS:
         z_i, z_f, z_g, z_o = add_bias(z_i, z_f, z_g, z_o, bias_ptr, ch, C)
     _, _, _, o, c = cell_update(
