@@ -33,12 +33,17 @@ def test_a_form_is_told_by_dtype_alignment_and_value() -> None:
     start = -block.data_ptr() % 16
     aligned, odd = block[start : start + 16], block[start + 1 : start + 17]
     launcher = Launcher(Loose(), {"BM": 64}, 4, 0)
-    assert launcher.form((aligned,)) != launcher.form((odd,))
-    assert launcher.form((aligned,)) != launcher.form((aligned.view(torch.int8),))
-    assert launcher.form((None,)) == (None,)
-    assert launcher.form((16,)) != launcher.form((17,))
-    assert launcher.form((aligned, 16)) == launcher.form((aligned, 17))
-    assert launcher.form((aligned, 16)) != launcher.form((aligned, 1 << 31))
+
+    def form(*args: Any) -> tuple[Any, ...]:
+        return launcher.form(args)[0]
+
+    assert form(aligned) != form(odd)
+    assert form(aligned) != form(aligned.view(torch.int8))
+    assert form(None) == (None,)
+    assert form(16) != form(17)
+    assert form(aligned, 16) == form(aligned, 17)
+    assert form(aligned, 16) != form(aligned, 1 << 31)
+    assert launcher.form((odd, 16))[1] == [odd.data_ptr(), 16]
 
 
 def test_the_same_constants_have_one_launcher() -> None:
@@ -75,6 +80,17 @@ def test_less_shared_memory_takes_fewer_stages() -> None:
     assert constants["STAGES"] == 4
     with pytest.raises(OutOfResources, match="shared memory"):
         launch(Greedy(1), (1,), (torch.zeros(1),), constants, 4)
+
+
+@pytest.mark.gpu
+def test_a_tensor_that_is_not_on_the_gpu_is_refused_by_a_known_kernel() -> None:
+    from convlstm_fish.ops.triton_kernels.convolved import copy_into
+
+    source, target = (torch.rand(1, 2, 2, 8, device="cuda") for _ in range(2))
+    copy_into(target, source)
+    assert torch.equal(target, source)
+    with pytest.raises(ValueError, match="cpu tensor"):
+        copy_into(target.cpu(), source)
 
 
 @pytest.mark.gpu

@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from convlstm_fish.ops.triton_kernels.launch import Launcher, cdiv, launch, prepare
@@ -53,30 +52,34 @@ def _first(image: Tensor) -> Tensor:
 
 
 def _is_even(image: Tensor) -> bool:
-    """Whether the pixels of (N, H, W, C) lie equally far apart in a clip, and nothing of one in another."""
-    between = image.stride(2)
-    return image.stride(3) == 1 and between >= image.shape[3] and image.stride(1) == image.shape[2] * between
+    """Whether the pixels of (..., H, W, C) lie equally far apart in a clip, and nothing of one in another."""
+    width, channels = image.shape[-2:]
+    over, between, within = image.stride()[-3:]
+    return within == 1 and between >= channels and over == width * between
 
 
 def _even(image: Tensor | None) -> Tensor | None:
-    """(N, H, W, C) such that they do; a copy has strides of its own where a size of 1 makes them arbitrary."""
+    """(..., H, W, C) such that they do; a copy has strides of its own where a size of 1 makes them arbitrary."""
     return image if image is None or _is_even(image) else image.clone(memory_format=torch.contiguous_format)
 
 
 def copy_into(target: Tensor, source: Tensor) -> None:
-    """Copies (N, H, W, C), past autograd, which would take it for a change of what else lies in the target's memory."""
+    """Copies (N, H, W, C), or (steps, N, H, W, C).
+
+    It goes past autograd, which would take it for a change of what else lies in the target's memory.
+    """
     if target.dtype != source.dtype or not (_is_even(target) and _is_even(source)):
         target.data.copy_(source)
         return
-    clips, height, width, channels = target.shape
-    columns = triton.next_power_of_2(channels)
+    *steps, clips, height, width, channels = target.shape
+    columns = 1 << (channels - 1).bit_length()
     rows = max(1, 4096 // columns)
     constants: dict[str, Any] = {
-        "FROM": source.stride(2), "TO": target.stride(2), "PIXELS": height * width, "C": channels, "BM": rows,
+        "FROM": source.stride(-2), "TO": target.stride(-2), "PIXELS": height * width, "C": channels, "BM": rows,
         "BC": columns,
     }  # fmt: skip
-    args = (source, target, source.stride(0), target.stride(0))
-    launch(copy_pixels, (cdiv(height * width, rows), clips), args, constants, 4)
+    far = [each for t in (source, target) for each in (t.stride(-4), t.stride(0) if steps else 0)]
+    launch(copy_pixels, (cdiv(height * width, rows), clips, *steps), (source, target, *far), constants, 4)
 
 
 class Convolved:
@@ -279,12 +282,15 @@ def run_forward(
     images = convolved.new_images(steps - skipped if keep_c else 1)
     place = lambda s: images[s - skipped if keep_c else 0]  # noqa: E731
     c_in = c_0
+    at_once = beside > 0 and keep_c and not layer.reverse
+    if at_once and steps > skipped:
+        copy_into(images[..., :beside], x[:, skipped:].transpose(0, 1))
     for s in range(steps):
         t, last = steps - 1 - s if layer.reverse else s, s + 1 == steps
         image = None
         if s >= skipped:
             image = place(s)
-            if beside:
+            if beside and not at_once:
                 copy_into(image[..., :beside], x[:, t])
             if s == 0 and h_0 is not None:
                 copy_into(image[..., beside:], h_0)
@@ -315,9 +321,7 @@ def run_backward(
     """
     layer, beside = convolved.layer, convolved.beside
     steps = layer.steps
-    if dout is not None and not _is_even(dout[:, 0]):
-        dout = dout.clone(memory_format=torch.contiguous_format)
-    dfed, dh, dc_in = _even(dfed), _even(dh_n), None if dc_n is None else dc_n.contiguous()
+    dout, dfed, dh, dc_in = _even(dout), _even(dfed), _even(dh_n), None if dc_n is None else dc_n.contiguous()
     dc = torch.empty((layer.clips, *layer.size, layer.hidden), dtype=torch.float32, device=z.device)
     own_dx = need_x and (steps > 1 or not beside)
     dx = z.new_empty((layer.clips, steps, *layer.size_in, layer.channels) if own_dx else (0,))

@@ -32,13 +32,26 @@ class Launcher:
         self.loose = [kernel.arg_names.index(name) for name in getattr(kernel, "do_not_specialize", ())]
         self.forms: dict[tuple[Any, ...], tuple[CompiledKernel, tuple[Any, ...]]] = {}
 
-    def form(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What of the arguments decides which compiled form they need: at least as fine as Triton's own rule."""
-        form = [(value.dtype, value.data_ptr() & 15) if isinstance(value, Tensor) else value for value in args]
+    def form(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Any]]:
+        """What of the arguments decides which compiled form they need: at least as fine as Triton's own rule.
+
+        Returns:
+            that, and the arguments with addresses for tensors, which Triton does not ask the driver about. What it
+            would be told is in the form: a tensor of another device has one of its own, that is not known.
+        """
+        form, values = list[Any](), list[Any]()
+        for value in args:
+            if isinstance(value, Tensor):
+                address = value.data_ptr()
+                form.append((value.dtype, value.get_device(), address & 15))
+                values.append(address)
+            else:
+                form.append(value)
+                values.append(value)
         for position in self.loose:
             if position < len(form) and form[position] is not None:
                 form[position] = -_INT32 <= form[position] < _INT32
-        return tuple(form)
+        return tuple(form), values
 
     def __call__(self, grid: tuple[int, ...], *args: Any) -> None:
         """``kernel[grid](*args, **constants, num_warps=num_warps)``, on the first argument's GPU.
@@ -50,10 +63,10 @@ class Launcher:
             with torch.cuda.device(at):
                 self(grid, *args)
             return
-        key = (at, *self.form(args))
-        known = self.forms.get(key)
+        form, values = self.form(args)
+        known = self.forms.get(form)
         if known is not None:
-            known[0][(*grid, 1, 1)[:3]](*args, *known[1])
+            known[0][(*grid, 1, 1)[:3]](*values, *known[1])
             return
         constants = self.constants
         options = {"num_warps": self.num_warps, "maxnreg": self.registers or None}
@@ -67,7 +80,7 @@ class Launcher:
                     raise
                 constants = {**constants, **fewer}
         if isinstance(compiled, CompiledKernel):
-            self.forms[key] = compiled, tuple(constants[name] for name in self.kernel.arg_names[len(args) :])
+            self.forms[form] = compiled, tuple(constants[name] for name in self.kernel.arg_names[len(args) :])
 
 
 def prepare(kernel: Any, constants: Mapping[str, Any], num_warps: int, registers: int = 0) -> Launcher:

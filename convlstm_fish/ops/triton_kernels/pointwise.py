@@ -175,12 +175,15 @@ def update_gradients(
 
 
 @triton.jit
-def copy_pixels(source_ptr, target_ptr, source_n, target_n, FROM: tl.constexpr, TO: tl.constexpr,
-                PIXELS: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    """The C channels of pixels that lie FROM numbers apart to where they lie TO apart. Grid: (tiles, clips)."""
+def copy_pixels(
+    source_ptr, target_ptr, source_n, source_t, target_n, target_t, FROM: tl.constexpr, TO: tl.constexpr,
+    PIXELS: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The C channels of pixels that lie FROM numbers apart to where they lie TO apart. Grid: (tiles, clips, steps)."""
     n = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(2).to(tl.int64)
     pixel = (tl.program_id(0) * BM + tl.arange(0, BM))[:, None]
     ch = tl.arange(0, BC)[None, :]
     exists = (pixel < PIXELS) & (ch < C)
-    value = tl.load(source_ptr + n * source_n + pixel * FROM + ch, mask=exists)
-    tl.store(target_ptr + n * target_n + pixel * TO + ch, value, mask=exists)
+    value = tl.load(source_ptr + n * source_n + t * source_t + pixel * FROM + ch, mask=exists)
+    tl.store(target_ptr + n * target_n + t * target_t + pixel * TO + ch, value, mask=exists)
