@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import convlstm_fish.ops.backend as backend
-from convlstm_fish.ops import conv_lstm, conv_lstm_reference
+from convlstm_fish.ops import conv_lstm, conv_lstm_reference, unroll, unroll_stack
 
 
 def call() -> dict[str, Any]:
@@ -57,3 +57,29 @@ def test_auto_takes_the_kernel_where_it_can() -> None:
     by_kernel = conv_lstm(**case, backend="triton")[0]
     assert torch.equal(conv_lstm(**case)[0], by_kernel)
     assert torch.allclose(by_kernel, conv_lstm(**case, backend="reference")[0], atol=3e-2)
+
+
+def test_a_stack_steps_as_its_layers_do() -> None:
+    layers = [{"weight_ih": torch.randn(12, 3, 3, 3), "weight_hh": torch.randn(12, 3, 3, 3)} for _ in range(2)]
+    x = h = torch.randn(1, 3, 4, 5)
+    step, first, second = unroll_stack(layers), unroll(**layers[0]), unroll(**layers[1])
+    states: Any = [None, None]
+    hx: Any = [None, None]
+    for number in range(3):
+        output, states = step(x if number == 0 else None, states)
+        hx[0] = first(h, hx[0])
+        hx[1] = second(hx[0][0], hx[1])
+        h = hx[1][0]
+        assert torch.equal(output, h)
+        assert all(torch.equal(a, b) for ours, theirs in zip(states, hx) for a, b in zip(ours, theirs))
+
+
+def test_a_stack_refuses_what_it_cannot_step() -> None:
+    layer = {"weight_ih": torch.rand(4, 1, 1, 1), "weight_hh": torch.rand(4, 1, 1, 1)}
+    step = unroll_stack([layer])
+    with pytest.raises(ValueError, match="one of each of the 1 layers, got 2"):
+        step(torch.rand(1, 1, 2, 2), [None, None])
+    with pytest.raises(ValueError, match="the last layer needs a state, got None"):
+        step(None, [None])
+    with pytest.raises(ValueError, match=r"backend must be one of .*, got 'fast'"):
+        unroll_stack([layer | {"backend": "fast"}])

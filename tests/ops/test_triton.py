@@ -348,13 +348,6 @@ def test_unrolled_stack(name: str, state: bool, device: str, poisoned: None, pre
     assert not wrong, f"relative errors over {TOLERANCE['float32']}: {wrong}"
 
 
-@interpreted
-def test_unrolled_stack_takes_a_state_a_layer() -> None:
-    step = unroll_stack([{"weight_ih": torch.rand(4, 1, 1, 1), "weight_hh": torch.rand(4, 1, 1, 1)}])
-    with pytest.raises(ValueError, match="one of each of the 1 layers, got 2"):
-        step(torch.rand(1, 1, 2, 2), [None, None])
-
-
 @pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
 )

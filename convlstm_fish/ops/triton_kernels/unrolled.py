@@ -176,7 +176,7 @@ class _ConvolvedSteps(_Steps):
     def forward(
         self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, tracked: bool, h_out: Tensor | None = None
     ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-        """The same; h goes to ``h_out``, too."""
+        """See the base class; h goes to ``h_out``, too."""
         steps, layer, beside = self.steps, self.layer, self.steps.beside
         image, self.placed = self.placed, None
         c_0 = None if c_0 is None else c_0.float().contiguous()
@@ -250,12 +250,12 @@ class _Stack:
             if place is not None:
                 return place
             return layer.steps.weight.new_empty(layer.layer.clips, *layer.layer.size, layer.layer.hidden)
-        first = self.layers[0]
-        self.fed = None
-        if self.feeds_back and first is not layer and isinstance(first, _ConvolvedSteps) and first.upcoming is not None:
+        self.fed, first = None, self.layers[0]
+        # A layer that is the only one has no image for its next step yet.
+        if not self.feeds_back or first is layer or not isinstance(first, _ConvolvedSteps) or first.upcoming is None:
+            return None
+        if first.steps.beside == layer.layer.hidden:
             self.fed = first.upcoming[..., : first.steps.beside]
-            if self.fed.shape[-1] != layer.layer.hidden:
-                self.fed = None
         return self.fed
 
     def under_way(self, wanted: bool) -> list[DeferredGradients]:
@@ -368,9 +368,8 @@ class Unrolled:
             weights = Weights(layer, *plain, plain=True)  # type: ignore[arg-type]
             steps.append(_Steps(weights) if weights.convolved is None else _ConvolvedSteps(weights, weights.convolved))
         self.stack = _Stack(steps)
-        self.last: tuple[Tensor, Tensor] | None = (
-            None  # the last layer's h after the last step, and the same to feed back
-        )
+        # The last layer's h after the last step, as its state and to feed back.
+        self.last: tuple[Tensor, Tensor] | None = None
         self.parameters: Tensor = _Parameters.apply(self.stack, *(p for those in parameters for p in those))
 
     def __call__(
