@@ -312,6 +312,8 @@ class FishCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         with ExitStack() as stack:
+            if self.trainer.is_global_zero:
+                stack.callback(self.folder.discard)
             if self.short["tensorboard"] and self.trainer.is_global_zero:
                 server = stack.enter_context(TensorBoardServer(self.folder.path.parent))
                 print(f"TensorBoard: {server.url}", flush=True)

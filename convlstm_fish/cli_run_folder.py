@@ -41,6 +41,15 @@ class RunFolder(pl.Callback):
         """A logger that writes into this folder."""
         return TensorBoardLogger(self.path.parent, name="", version=self.path.name, default_hp_metric=False)
 
+    def discard(self) -> None:
+        """Remove what a run leaves that was refused before its setup: an empty file of TensorBoard's."""
+        left = list(self.path.glob("*"))
+        if not left or any(not path.name.startswith("events.out.tfevents") for path in left):
+            return
+        for path in left:
+            path.unlink()
+        self.path.rmdir()
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Agree on the folder, before the checkpoint callbacks ask for theirs."""
         self.path = Path(trainer.strategy.broadcast(os.fspath(self.path)))
