@@ -32,7 +32,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from convlstm_fish.ops import triton_kernels
 from convlstm_fish.ops.hopper_kernels import compiled, parameters, plan, steps
-from convlstm_fish.ops.triton_kernels import op, weights
+from convlstm_fish.ops.triton_kernels import op, transpose, weights
 
 FOLDER = Path(compiled.__file__).parent
 MACHINE = Path(__file__).with_name("machine_cpu.h")
@@ -89,7 +89,7 @@ def emulated(emulated_kernel: Callable[..., Emulated], monkeypatch: pytest.Monke
     monkeypatch.setattr(steps, "kernel", emulated_kernel)
     monkeypatch.setattr(steps, "prepare", lambda *args: None)
     monkeypatch.setattr(plan, "available", lambda device: True)
-    monkeypatch.setattr(op, "suits", lambda frames: False)
+    monkeypatch.setattr(transpose, "suits", lambda frames: False)
     for module in (op, triton_kernels):
         monkeypatch.setattr(module, "unsupported", lambda *args, **options: None)
 
@@ -181,7 +181,7 @@ def test_what_is_covered(monkeypatch: pytest.MonkeyPatch) -> None:
             raise Seen
 
         monkeypatch.setattr(op, "unsupported", lambda *args, **options: None)
-        monkeypatch.setattr(op, "suits", lambda frames: False)
+        monkeypatch.setattr(transpose, "suits", lambda frames: False)
         for runs in ("operators", "convolved"):
             monkeypatch.setattr(f"convlstm_fish.ops.triton_kernels.{runs}.run_forward", look)
         with pytest.raises(Seen):
