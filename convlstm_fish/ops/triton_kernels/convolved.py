@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convlstm_fish.ops.triton_kernels.launch import Launcher, cdiv, launch, prepare
+from convlstm_fish.ops.triton_kernels.launch import Variants, cdiv, launch
 from convlstm_fish.ops.triton_kernels.layer import Layer, pack, peephole_kind
 from convlstm_fish.ops.triton_kernels.pointwise import copy_pixels, update_gradients, update_state
 from convlstm_fish.ops.triton_kernels.sums import ImageWeight, WeightSums, image_weight, write_image_gradient
+from convlstm_fish.ops.triton_kernels.transpose import channels_first
 
 # Pixels at a time, channels and warps of a program; backward, how many times.
 _FORWARD = (32, 64, 4)
@@ -44,11 +45,6 @@ def covers(layer: Layer) -> bool:
 def image_channels(layer: Layer) -> int:
     """Of the input, those that lie in the images."""
     return 0 if layer.channels <= _FEW else layer.channels
-
-
-def _first(image: Tensor) -> Tensor:
-    """(N, H, W, C) as torch's convolutions take it."""
-    return image.permute(0, 3, 1, 2)
 
 
 def _is_even(image: Tensor) -> bool:
@@ -99,7 +95,6 @@ class Convolved:
         self.parts = cdiv(pixels, _BACKWARD[0] * _ROUNDS)
         self.grid = (cdiv(pixels, _FORWARD[0]) * cdiv(layer.hidden, _FORWARD[1]), layer.clips)
         self.grid_back = (self.parts * cdiv(layer.hidden, _BACKWARD[1]), layer.clips)
-        self.launchers: dict[tuple[Any, ...], Launcher] = {}  # by what of a step decides
         self.bias_rows = layer.clips * self.parts
         every = layer.constants()
         self.constants = {key: every[key] for key in ("H", "W", "C", "ACT", "FAST")} | {
@@ -153,36 +148,32 @@ class Convolved:
             cudnn = torch.backends.cudnn
             deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
             torch.ops.aten.cudnn_convolution.out(
-                _first(image), self._weight(image), self.padding, [1, 1], [1, 1], 1, cudnn.benchmark, deterministic,
-                cudnn.allow_tf32, out=_first(z),
+                channels_first(image), self._weight(image), self.padding, [1, 1], [1, 1], 1, cudnn.benchmark,
+                deterministic, cudnn.allow_tf32, out=channels_first(z),
             )  # fmt: skip
         elif image is not None:
-            _first(z).copy_(torch.convolution(
-                _first(image), self._weight(image), None, [1, 1], self.padding, [1, 1], False, [0, 0], 1
+            channels_first(z).copy_(torch.convolution(
+                channels_first(image), self._weight(image), None, [1, 1], self.padding, [1, 1], False, [0, 0], 1
             ))  # fmt: skip
-        between = tuple(0 if t is None else t.stride(2) for t in (h_out, h_next))
+        out, following = (0 if t is None else t.stride(2) for t in (h_out, h_next))
         run = self._update_state(
-            (image is not None, x is not None, save_z, c_in is not None, c_save is not None, *between)
-        )
+            HAS_Z=image is not None, SAVE_Z=save_z, HAS_STATE=c_in is not None, SAVE_C=c_save is not None, OUT=out,
+            NEXT=following,
+        )  # fmt: skip
         run(
             self.grid, z, x, None if x is None else self._packed_x, self.bias, c_in, c_out, c_save, h_out, h_next,
             *self.peephole, z.stride(0), 0 if x is None else x.stride(0), c_out.stride(0),
             *(0 if t is None else t.stride(0) for t in (c_save, h_out, h_next)),
         )  # fmt: skip
 
-    def _update_state(self, kind: tuple[Any, ...]) -> Launcher:
-        """For one kind of step."""
-        run = self.launchers.get(kind)
-        if run is None:
-            has_z, has_x, save_z, has_state, save_c, out, following = kind
-            pixels, channels, warps = _FORWARD
-            constants = self.constants | self.constants_x | {
-                "OUT": out, "NEXT": following, "HAS_STATE": has_state, "SAVE_C": save_c, "BM": pixels, "BC": channels,
-                "HAS_Z": has_z, "HAS_X": has_x, "SAVE_Z": save_z, "ldw": self._packed_x.shape[1] if has_x else 0,
-                "DIRECT": self.direct,
-            }  # fmt: skip
-            run = self.launchers[kind] = prepare(update_state, constants, warps)
-        return run
+    @cached_property
+    def _update_state(self) -> Variants:
+        pixels, channels, warps = _FORWARD
+        constants = self.constants | self.constants_x | {
+            "BM": pixels, "BC": channels, "HAS_X": not self.beside, "DIRECT": self.direct,
+            "ldw": 0 if self.beside else self._packed_x.shape[1],
+        }  # fmt: skip
+        return Variants(update_state, constants, warps)
 
     def back(
         self, z: Tensor, c_in: Tensor | None, dout: Tensor | None, dfed: Tensor | None, dh: Tensor | None,
@@ -192,29 +183,25 @@ class Convolved:
 
         The gradient of h is the sum of dout, dfed and dh.
         """
-        between = tuple(0 if t is None else t.stride(2) for t in (dout, dfed, dh))
-        self._update_gradients((c_in is not None, dc_in is not None, *between))(
+        of_out, of_fed, of_h = (0 if t is None else t.stride(2) for t in (dout, dfed, dh))
+        run = self._update_gradients(
+            HAS_STATE=c_in is not None, HAS_DC=dc_in is not None, DOUT=of_out, DFED=of_fed, DH=of_h
+        )
+        run(
             self.grid_back, z, self.bias, c_in, dout, dfed, dh, dc_in, dc, da, dpeephole, dbias, *self.peephole,
             z.stride(0), *(0 if t is None else t.stride(0) for t in (c_in, dout, dfed, dh)), dc.stride(0),
         )  # fmt: skip
 
-    def _update_gradients(self, kind: tuple[Any, ...]) -> Launcher:
-        """For one kind of step."""
-        run = self.launchers.get(kind)
-        if run is None:
-            has_state, has_dc, dout, dfed, dh = kind
-            pixels, channels, warps = _BACKWARD
-            constants = self.constants | {
-                "parts": self.parts, "DOUT": dout, "DFED": dfed, "DH": dh, "HAS_STATE": has_state, "HAS_DC": has_dc,
-                "BM": pixels, "BC": channels, "ROUNDS": _ROUNDS,
-            }  # fmt: skip
-            run = self.launchers[kind] = prepare(update_gradients, constants, warps)
-        return run
+    @cached_property
+    def _update_gradients(self) -> Variants:
+        pixels, channels, warps = _BACKWARD
+        constants = self.constants | {"parts": self.parts, "BM": pixels, "BC": channels, "ROUNDS": _ROUNDS}
+        return Variants(update_gradients, constants, warps)
 
     def _backward(self, da: Tensor, images: Tensor, of_images: bool) -> Tensor:
         found = torch.ops.aten.convolution_backward(
-            _first(da), _first(images), self._weight(images), None, [1, 1], self.padding, [1, 1], False, [0, 0], 1,
-            [of_images, not of_images, False],
+            channels_first(da), channels_first(images), self._weight(images), None, [1, 1], self.padding, [1, 1], False,
+            [0, 0], 1, [of_images, not of_images, False],
         )  # fmt: skip
         return found[0 if of_images else 1]
 

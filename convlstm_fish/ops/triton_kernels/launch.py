@@ -101,6 +101,23 @@ def prepare(kernel: Any, constants: Mapping[str, Any], num_warps: int, registers
     return found
 
 
+class Variants:
+    """Launchers of a kernel for steps that differ in a few of its constants; for the arguments see :func:`prepare`."""
+
+    def __init__(self, kernel: Any, constants: Mapping[str, Any], num_warps: int, registers: int = 0) -> None:
+        self.kernel, self.constants, self.num_warps, self.registers = kernel, constants, num_warps, registers
+        self.made: dict[tuple[Any, ...], Launcher] = {}
+
+    def __call__(self, **differing: Any) -> Launcher:
+        """The one with these constants besides those that all share; by the same names, in one order."""
+        key = tuple(differing.values())
+        found = self.made.get(key)
+        if found is None:
+            constants = {**self.constants, **differing}
+            found = self.made[key] = prepare(self.kernel, constants, self.num_warps, self.registers)
+        return found
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: Mapping[str, Any], num_warps: int,
     registers: int = 0,

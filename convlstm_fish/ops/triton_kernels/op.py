@@ -14,7 +14,7 @@ from convlstm_fish.ops.equations import Norm
 from convlstm_fish.ops.geometry import Geometry, Padding
 from convlstm_fish.ops.triton_kernels.layer import make_layer
 from convlstm_fish.ops.triton_kernels.operators import conv_lstm_forward
-from convlstm_fish.ops.triton_kernels.transpose import channels_last
+from convlstm_fish.ops.triton_kernels.transpose import channels_first, channels_last
 from convlstm_fish.ops.triton_kernels.unrolled import Unrolled
 
 State = tuple[Tensor, Tensor]
@@ -203,5 +203,5 @@ def conv_lstm_triton(
         ACTIVATIONS.index(recurrent_activation), torch.backends.cudnn.allow_tf32, reverse,
         return_sequences, tracked,
     )  # fmt: skip
-    state = (h_n.permute(0, 3, 1, 2), c_n.permute(0, 3, 1, 2))
+    state = (channels_first(h_n), channels_first(c_n))
     return (output.permute(0, 1, 4, 2, 3) if return_sequences else None), state

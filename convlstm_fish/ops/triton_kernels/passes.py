@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from convlstm_fish.ops.hopper_kernels import passes as hopper
 from convlstm_fish.ops.hopper_kernels.compiled import aligned
-from convlstm_fish.ops.triton_kernels.launch import Launcher, cdiv, prepare
+from convlstm_fish.ops.triton_kernels.launch import Variants, cdiv
 from convlstm_fish.ops.triton_kernels.layer import Layer, gate_dtype, multiprocessors, tile_count
 from convlstm_fish.ops.triton_kernels.steps import backward_step, forward_step
 from convlstm_fish.ops.triton_kernels.sums import write_image_gradient
@@ -57,7 +55,7 @@ def run_forward(
         "BK": tile.rows, "BKX": tile.rows_x, "TW": tile.patch, "STAGES": tile.stages,
     }  # fmt: skip
     factor = x if mask is None else mask  # a pointer that is only read with HAS_MASK
-    runs: dict[bool, Launcher] = {}
+    runs = Variants(forward_step, constants, tile.warps, tile.registers)
     for s in range(steps):
         h_in, h_out = h, h
         h_in_t = h_out_t = numbers
@@ -72,10 +70,7 @@ def run_forward(
             s, steps, items, x.stride(0), x.stride(1), h_in.stride(0), h_in_t, h.stride(0), h_out_t,
             steps * numbers, numbers, 4 * steps * numbers, 4 * numbers, numbers,
         )  # fmt: skip
-        has_state = s > 0 or h_0 is not None
-        if has_state not in runs:
-            runs[has_state] = prepare(forward_step, constants | {"HAS_STATE": has_state}, tile.warps, tile.registers)
-        runs[has_state]((programs,), *args)
+        runs(HAS_STATE=s > 0 or h_0 is not None)((programs,), *args)
     return h, c, cells, gates
 
 
@@ -141,7 +136,7 @@ def run_backward(
     # Without a product to make, a wide layer's programs are small, so that more of them run side by side.
     constants["BC"] = min(tile.channels, 32) if apart else tile.channels
     grid = (layer.tiles_per_image * cdiv(hidden, constants["BC"]), clips)
-    runs: dict[Any, Launcher] = {}
+    runs = Variants(backward_step, constants, tile.warps, tile.registers)
     waiting = 0
     for s in reversed(range(steps)):
         h_in, c_in, before_t = h, cells, numbers
@@ -154,13 +149,11 @@ def run_backward(
             h_in.stride(0), before_t, c_in.stride(0), before_t, 4 * steps * numbers, 4 * numbers,
             steps * numbers, numbers, da.stride(0), da.stride(1), numbers,
         )  # fmt: skip
-        kind = (
-            ("HAS_STATE", s > 0 or h_0 is not None), ("HAS_NEXT", not apart and (lengths is not None or s + 1 < steps)),
-            ("HAS_DH", dh is not None), ("HAS_DC", dc_in is not None),
+        run = runs(
+            HAS_STATE=s > 0 or h_0 is not None, HAS_NEXT=not apart and (lengths is not None or s + 1 < steps),
+            HAS_DH=dh is not None, HAS_DC=dc_in is not None,
         )  # fmt: skip
-        if kind not in runs:
-            runs[kind] = prepare(backward_step, constants | dict(kind), tile.warps, tile.registers)
-        runs[kind](grid, *args)
+        run(grid, *args)
         dc_in = dc
         wanted = s > 0 or need_state
         if wanted and (apart or s == 0):

@@ -47,6 +47,11 @@ def suits(frames: Tensor) -> bool:
     return few and not frames.requires_grad and frames.is_contiguous() and frames.is_floating_point()
 
 
+def channels_first(image: Tensor) -> Tensor:
+    """A view (N, C, H, W) of (N, H, W, C), as torch's convolutions and callers take it."""
+    return image.permute(0, 3, 1, 2)
+
+
 def channels_last(image: Tensor, dtype: torch.dtype) -> Tensor:
     """(N, C, H, W) as a contiguous (N, H, W, C), cast and moved in one pass; no copy where it lies so already."""
     if suits(image):

@@ -14,7 +14,7 @@ from convlstm_fish.ops.triton_kernels import convolved
 from convlstm_fish.ops.triton_kernels.convolved import Convolved
 from convlstm_fish.ops.triton_kernels.layer import Layer
 from convlstm_fish.ops.triton_kernels.passes import run_backward, run_forward
-from convlstm_fish.ops.triton_kernels.transpose import channels_last
+from convlstm_fish.ops.triton_kernels.transpose import channels_first, channels_last
 from convlstm_fish.ops.triton_kernels.weights import Gradients, Weights, chunk_steps
 
 # Images of so many bytes, or so many steps, are laid out one behind the other, to be read as one sequence.
@@ -117,11 +117,11 @@ class _Steps:
     ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
         """h and c after a step, and what its backward pass needs."""
         layer = self.layer
-        x = x.to(layer.dtype).contiguous().unsqueeze(1)
+        x = channels_last(channels_first(x), layer.dtype).unsqueeze(1)
         if h_0 is None or c_0 is None:
             frame = (layer.clips, *layer.size, layer.hidden)
             h_0, c_0 = x.new_zeros(frame), x.new_zeros(frame, dtype=torch.float32)
-        h_0, c_0 = h_0.to(layer.dtype).contiguous(), c_0.float().contiguous()
+        h_0, c_0 = channels_last(channels_first(h_0), layer.dtype), channels_last(channels_first(c_0), torch.float32)
         keep = tracked and layer.tiles.keep_gates
         h, c, _, gates = run_forward(layer, self.weights, x, h_0, c_0, None, None, True, keep)
         return h.squeeze(1), c, (x, h_0, c_0, gates)
@@ -179,14 +179,14 @@ class _ConvolvedSteps(_Steps):
         """See the base class; h goes to ``h_out``, too."""
         steps, layer, beside = self.steps, self.layer, self.steps.beside
         image, self.placed = self.placed, None
-        c_0 = None if c_0 is None else c_0.float().contiguous()
+        c_0 = None if c_0 is None else channels_last(channels_first(c_0), torch.float32)
         if h_0 is not None:
             image = self._image(h_0) if image is None else image
             if beside and not _is_same(image[..., :beside], x):
                 convolved.copy_into(image[..., :beside], x)
         own_x = None  # where x does not lie in an image
         if h_0 is None or not beside:
-            own_x = channels_last(x.permute(0, 3, 1, 2), layer.dtype)
+            own_x = channels_last(channels_first(x), layer.dtype)
         z = steps.new_gates(1)
         c = torch.empty((layer.clips, *layer.size, layer.hidden), dtype=torch.float32, device=layer.device)
         self.upcoming = self._new_image()
@@ -300,13 +300,8 @@ _KEPT = 4  # how many tensors a layer keeps of a step
 
 
 def _last(image: Tensor | None) -> Tensor | None:
-    """(N, C, H, W) with its channels last."""
+    """A view (N, H, W, C) of (N, C, H, W)."""
     return None if image is None else image.permute(0, 2, 3, 1)
-
-
-def _first(image: Tensor) -> Tensor:
-    """And back."""
-    return image.permute(0, 3, 1, 2)
 
 
 class _Step(torch.autograd.Function):
@@ -323,7 +318,7 @@ class _Step(torch.autograd.Function):
         after, kept = stack.forward(x.permute(0, 2, 3, 1), pairs, tracked, fed_back)
         ctx.save_for_backward(*kept)
         # The last h thrice, for the gradients of what reads it to arrive apart, and be added where they are needed.
-        return (_first(after[-2]), _first(after[-2]), *(_first(each) for each in after))
+        return (channels_first(after[-2]), channels_first(after[-2]), *(channels_first(each) for each in after))
 
     @staticmethod
     @once_differentiable
@@ -347,9 +342,9 @@ class _Step(torch.autograd.Function):
             )  # fmt: skip
             above, fed = dx[:, 0] if need_x else None, None
             if need_state:
-                found[first : first + 2] = _first(dh_0), _first(dc_0)
+                found[first : first + 2] = channels_first(dh_0), channels_first(dc_0)
         if above is not None:
-            found[4] = _first(above)
+            found[4] = channels_first(above)
         return tuple(found)
 
 
