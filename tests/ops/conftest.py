@@ -1,4 +1,4 @@
-"""Memory in which an element that nobody writes is seen, and Triton's interpreter."""
+"""Memory in which an element that nobody writes is seen, the precision of products, and Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -19,6 +19,18 @@ def poisoned() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def precision() -> Iterator[Callable[[bool], None]]:
+    """Sets whether float32 convolutions may use TF32, and sets it back."""
+    before = torch.backends.cudnn.allow_tf32
+
+    def allow(tf32: bool) -> None:
+        torch.backends.cudnn.allow_tf32 = tf32
+
+    yield allow
+    torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.fixture

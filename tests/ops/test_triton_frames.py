@@ -6,12 +6,12 @@ On a GPU (``pytest -m gpu``), and in Triton's interpreter as test_triton.py does
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from interpreter import interpreted, not_interpreted
 from torch import Tensor
 
 from convlstm_fish.ops import batch_norm
@@ -19,13 +19,10 @@ from convlstm_fish.ops import batch_norm
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, started by another test")
-
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}  # relative, in the Frobenius norm
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@not_interpreted
 def test_the_interpreter_in_a_process_of_its_own(interpret: Callable[[str], None]) -> None:
     interpret(__file__)
 
