@@ -77,6 +77,14 @@ def _by_planes(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
+def _in_reverse(channels: int) -> bool:
+    """Whether oneDNN runs a convolution with the taps in reverse sooner than the adjoint of one, of so many channels.
+
+    So it is with AVX2, by a tenth to a third.
+    """
+    return channels < 128 and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 class _Recipe(NamedTuple):
     """What a call does, apart from its tensors."""
 
@@ -93,7 +101,7 @@ class _Recipe(NamedTuple):
 class _Kept(NamedTuple):
     """What the backward pass needs: (T, N, ...) channels last."""
 
-    patches: Tensor  # x and h of the step before, padded, side by side, perhaps with channels of zeros to fill up
+    patches: Tensor  # x and h of the step before, padded, side by side
     gates: Tensor  # (T, 4, N, H', W', C_h): i, f, sigmoid(2z) in place of g, o
     cells: Tensor  # c of the step
     squashed: Tensor  # tanh of it
@@ -143,9 +151,7 @@ def _forward(
     padded = [n + k - 1 for n, k in zip(out, weight_hh.shape[2:])]
     x_place = _inside(size, recipe.where.pads)
     h_place = _inside(out, recurrent_pads(weight_hh))
-    filling = -(channels + hidden) % 8 if keep and _by_planes(dtype) else 0
-    weight = F.pad(torch.cat([weight_ih, weight_hh], dim=1), (0, 0, 0, 0, 0, filling))
-    weight = weight.contiguous(memory_format=torch.channels_last)
+    weight = torch.cat([weight_ih, weight_hh], dim=1).contiguous(memory_format=torch.channels_last)
     weight_twice, bias_twice = _with_g_times(weight, 2), None if bias is None else _with_g_times(bias, 2)
     # A gate of 16 channels or a multiple is convolved as fast alone, and need not be taken apart from the others.
     parts = 4 if hidden % 16 == 0 else 1
@@ -166,7 +172,7 @@ def _forward(
         slot = t if keep else 0
         patch = patches[slot]
         patch[x_place][..., :channels].copy_(_rows(x[:, t]))
-        patch[h_place][..., channels : channels + hidden].copy_(h if mask is None else h * mask)
+        patch[h_place][..., channels:].copy_(h if mask is None else h * mask)
         z = [_rows(F.conv2d(_image(patch), w, b)) for w, b in zip(weights, biases)]
         if parts == 1:
             z = list(gates[slot].copy_(_by_gate(z[0])))
@@ -228,6 +234,46 @@ def _differentiable(
     return [next(found) if need else None for need in needed]
 
 
+class _Adjoint:
+    """The adjoint of the convolution of a padded image.
+
+    Args:
+        weight: (4 * C_h, C, kh, kw).
+        state: the size (N, H', W', C_h).
+        pads: of the image, which then is as large as the state; None for the gradient of the padded image.
+
+    Attributes:
+        dz: (N, H', W', 4 * C_h), to be written before each call.
+    """
+
+    def __init__(self, weight: Tensor, state: Sequence[int], pads: Sequence[tuple[int, int]] | None) -> None:
+        clips, *out, _ = state
+        gates, channels, *kernel = weight.shape
+        whole = [n + k - 1 for n, k in zip(out, kernel)]
+        size, before = (whole, [0, 0]) if pads is None else (out, [first for first, _ in pads])
+        self._weight, self._in_reverse = weight, _in_reverse(channels)
+        if not self._in_reverse:
+            self._place = (slice(None), *(slice(first, first + n) for first, n in zip(before, size)))
+            self._blank = torch.empty(clips, *whole, channels, dtype=weight.dtype)  # only its shape matters
+            self.dz = WORKSPACE.empty(clips, *out, gates, dtype=weight.dtype)
+            return
+        margins = [(k - 1 - first, n - m + first) for k, first, n, m in zip(kernel, before, size, out)]
+        padded = [n + k - 1 for n, k in zip(size, kernel)]
+        self._padded = WORKSPACE.empty(clips, *padded, gates, dtype=weight.dtype, zero=True)
+        self.dz = self._padded[_inside(out, margins)]
+        self._weight = weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+
+    def __call__(self) -> Tensor:
+        """(N, H, W, C)."""
+        if self._in_reverse:
+            return _rows(F.conv2d(_image(self._padded), self._weight))
+        found = torch.ops.aten.convolution_backward(
+            _image(self.dz), _image(self._blank), self._weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
+            [True, False, False],
+        )  # fmt: skip
+        return _rows(found[0])[self._place]
+
+
 def _gradients(
     tensors: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor | None], recipe: _Recipe,
     kept: _Kept,
@@ -248,7 +294,6 @@ def _gradients(
     dx = WORKSPACE.empty(*x.shape[:2], *size, channels, dtype=dtype) if needed[0] else None
     d_weight = torch.zeros(kept.weight.shape, dtype=wide)
     d_bias = None if bias is None else torch.zeros(bias.shape, dtype=wide)
-    dz = WORKSPACE.empty(*state[:3], 4 * hidden, dtype=dtype)
     d_gates = WORKSPACE.empty(4, *state, dtype=wide)  # of g a quarter
     d_i, d_f, d_g, d_o = d_gates
     planes = None
@@ -257,12 +302,16 @@ def _gradients(
         dz_planes, patch_planes = (WORKSPACE.empty(x.shape[0], *each, dtype=dtype) for each in sizes)
         planes = dz_planes, patch_planes, kept.weight.contiguous()
     minus_one = torch.tensor(-1.0, dtype=wide)
-    # Where x needs no gradient only h's part of the input is computed; its values do not matter, its shape does.
-    weight, h_channels = kept.weight, slice(channels, channels + hidden)
+    # Where x needs no gradient only h's part of the input is computed, and where both are padded alike no padding.
+    weight, h_channels = kept.weight, slice(channels, None)
     if dx is None:
         weight, h_channels = weight_hh.contiguous(memory_format=torch.channels_last), slice(None)
-    weight = _with_g_times(weight, 4)
-    blank = torch.empty(*kept.patches.shape[1:4], weight.shape[1], dtype=dtype)
+    pads = list(recurrent_pads(weight_hh))
+    alike = dx is None or list(recipe.where.pads) == pads
+    if alike:
+        x_place = h_place = (slice(None),) * 3
+    adjoint = _Adjoint(_with_g_times(weight, 4), state, pads if alike else None)
+    dz = adjoint.dz
     mask = None if mask is None else _rows(mask)
     steps = recipe.order(x.shape[1])
     for k in range(len(steps) - 1, -1, -1):
@@ -280,17 +329,17 @@ def _gradients(
         dc.mul_(f)
         if planes is None:
             _slope(d_gates, kept.gates[t], recipe.activation, _by_gate(dz))
-            d_weight += _convolution_gradient(_image(dz), _image(kept.patches[t]), kept.weight, False)
+            d_weight += _weight_gradient(_image(dz), _image(kept.patches[t]), kept.weight)
         else:
             _slope(d_gates, kept.gates[t], recipe.activation, d_gates)
             _by_gate(dz).copy_(d_gates)
             planes[0].unflatten(1, (4, hidden)).copy_(d_gates.permute(1, 0, 4, 2, 3))
             planes[1].copy_(_image(kept.patches[t]))
-            d_weight += _convolution_gradient(*planes, False)
+            d_weight += _weight_gradient(*planes)
         if d_bias is not None:
             d_bias += dz.sum(dim=(0, 1, 2), dtype=wide)
         if k or needed[1] or dx is not None:
-            d_patch = _rows(_convolution_gradient(_image(dz), _image(blank), weight, True))
+            d_patch = adjoint()
             dh.copy_(d_patch[h_place][..., h_channels])
             if mask is not None:
                 dh.mul_(mask)
@@ -303,7 +352,7 @@ def _gradients(
         _image(dh).to(h_0.dtype) if needed[1] else None,
         _image(dc) if needed[2] else None,
         d_weight[:, :channels].to(weight_ih.dtype) if needed[3] else None,
-        d_weight[:, channels : channels + hidden].to(weight_hh.dtype) if needed[4] else None,
+        d_weight[:, channels:].to(weight_hh.dtype) if needed[4] else None,
         None if bias is None or d_bias is None else d_bias.to(bias.dtype),
         None,
     ]
@@ -327,12 +376,12 @@ def _tanh_slope(gradient: Tensor, value: Tensor) -> Tensor:
     return gradient
 
 
-def _convolution_gradient(dz: Tensor, patch: Tensor, weight: Tensor, of_patch: bool) -> Tensor:
-    """Gradient of the convolution of a padded image: of that, or of the weight."""
+def _weight_gradient(dz: Tensor, patch: Tensor, weight: Tensor) -> Tensor:
+    """Of the convolution of a padded image."""
     found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
-        dz, patch, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [of_patch, not of_patch, False]
+        dz, patch, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False]
     )
-    return found[0 if of_patch else 1]
+    return found[1]
 
 
 def conv_lstm_channels_last(

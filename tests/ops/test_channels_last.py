@@ -67,11 +67,12 @@ def gradients(values: dict[str, Tensor], leaves: dict[str, Tensor], **options: A
 
 @pytest.mark.parametrize("frozen", [(), ("x",), ("x", "h_0", "c_0"), ("weight_ih", "bias")])
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("planes", [False, True])
+@pytest.mark.parametrize("for_avx2", [False, True])
 def test_values_and_gradients_of_the_reference(
-    planes: bool, name: str, frozen: tuple[str, ...], poisoned: None, monkeypatch: pytest.MonkeyPatch
+    for_avx2: bool, name: str, frozen: tuple[str, ...], poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(channels_last, "_by_planes", lambda _: planes)
+    for choice in ("_by_planes", "_in_reverse"):
+        monkeypatch.setattr(channels_last, choice, lambda _: for_avx2)
     leaves, mask, options = make(**CASES[name])
     leaves = {k: v.double().requires_grad_(k not in frozen) for k, v in leaves.items()}
     mask = None if mask is None else mask.double()
