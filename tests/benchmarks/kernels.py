@@ -1,6 +1,7 @@
-"""Where the time of a visionary-serenity training step goes, kernel by kernel.
+"""Where the time of a visionary-serenity training step, or a forward pass, goes, kernel by kernel.
 
 python tests/benchmarks/kernels.py --batch 64
+python tests/benchmarks/kernels.py --batch 64 --inference
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ def main() -> None:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--batch", type=int, default=64)
     options.add_argument("--activation", default="sigmoid")
+    options.add_argument("--inference", action="store_true")
     args = options.parse_args()
     torch.manual_seed(0)
     network = ClipClassifier(4, (16, 32), 3, padding="valid", bias=False, recurrent_activation=args.activation)
-    network.to(args.device)
+    network.to(args.device).train(not args.inference)
     video = torch.rand(args.batch, 30, 4, 120, 160, device=args.device)
     label = torch.randint(0, 2, (args.batch, 1), device=args.device).float()
 
@@ -29,11 +31,17 @@ def main() -> None:
             logits = network(video)
         F.binary_cross_entropy_with_logits(logits.float().reshape(-1, 1), label).backward()
 
+    @torch.no_grad()
+    def infer() -> None:
+        with autocast(args.device, args.dtype):
+            network(video)
+
+    run = infer if args.inference else step
     for _ in range(3):
-        step()
+        run()
     cuda = torch.device(args.device).type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU], acc_events=True) as recorded:
-        step()
+        run()
         if cuda:
             torch.cuda.synchronize()
     rows = {}
@@ -42,7 +50,8 @@ def main() -> None:
         if micro > 0:
             rows[event.key.removeprefix("void ").split("<")[0][-60:]] = {"ms": micro / 1e3, "launches": event.count}
     rows = dict(sorted(rows.items(), key=lambda item: -item[1]["ms"])[:30])
-    report(f"kernels_{args.batch}_{args.dtype}", rows, args)
+    kind = "inference_kernels" if args.inference else "kernels"
+    report(f"{kind}_{args.batch}_{args.dtype}", rows, args)
 
 
 if __name__ == "__main__":

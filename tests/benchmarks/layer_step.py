@@ -1,6 +1,7 @@
 """A stack of ConvLSTM layers that predicts the next frame, training step: sequences a second.
 
-The sizes of holmdk's network, of OpenSTL's ConvLSTM-S (frames of 64x64 in patches of 4), or any other:
+The sizes of holmdk's network, of OpenSTL's ConvLSTM-S (frames of 64x64 in patches of 4), of visionary-serenity's
+layers, or any other:
 
     python tests/benchmarks/layer_step.py --preset openstl --batch 16
     python tests/benchmarks/layer_step.py --scaling
@@ -24,6 +25,7 @@ OURS = "convlstm_fish"
 PRESETS: dict[str, dict[str, Any]] = {
     "holmdk": {"channels": 1, "size": (64, 64), "hidden": (64, 64), "kernel": 3, "steps": 20},
     "openstl": {"channels": 16, "size": (16, 16), "hidden": (128, 128, 128, 128), "kernel": 5, "steps": 20},
+    "serenity": {"channels": 4, "size": (120, 160), "hidden": (16, 32), "kernel": 3, "steps": 30},
 }
 
 
