@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,10 +20,18 @@ from convlstm_fish.data.order import EvaluationOrder, RunOrder
 from convlstm_fish.errors import UserError, require
 
 Batch = dict[str, Any]
+_LARGE = 1 << 16  # bytes of one sample's tensor
 
 
 class Samples(Protocol):
-    """What a DataModule provides for each split: samples by number. Workers get a copy, so it has to pickle."""
+    """What a DataModule provides for each split: samples by number. Workers get a copy, so it has to pickle.
+
+    Attributes:
+        pixels: samples hold pixels, which are read side by side, in threads.
+    """
+
+    @property
+    def pixels(self) -> bool: ...
 
     def __len__(self) -> int: ...
 
@@ -49,11 +59,28 @@ class _KeyedDataset(Dataset[Batch]):
         item["valid"] = torch.tensor(key >= 0)
         return item
 
+    def __getitems__(self, keys: list[Any]) -> list[Batch]:
+        """A batch; a loader process, of which there are more, has one thread."""
+        threads = min(torch.get_num_threads(), len(keys)) if self.samples.pixels else 1
+        if threads == 1:
+            return [self[key] for key in keys]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(self.__getitem__, keys))
 
-def collate(items: list[Batch]) -> Batch:
-    """Stack samples into a batch; seeds stay a list, so that a GPU never has to be asked for them."""
+
+def collate(items: list[Batch], pinned: bool = False) -> Batch:
+    """Stack samples into a batch; seeds stay a list, so that a GPU never has to be asked for them.
+
+    ``pinned`` puts large tensors together where a GPU can fetch them, in memory that is used again.
+    """
     seeds = {key: [item.pop(key) for item in items] for key in tuple(items[0]) if key.endswith("_seed")}
-    return {**default_collate(items), **seeds}
+    large: Batch = {}
+    for key, first in tuple(items[0].items()) if pinned else ():
+        if isinstance(first, Tensor) and first.nbytes >= _LARGE:
+            large[key] = torch.empty(len(items), *first.shape, dtype=first.dtype, pin_memory=True)
+            for place, item in zip(large[key], items):
+                place.copy_(item.pop(key))
+    return {**large, **default_collate(items), **seeds}
 
 
 _STOPS = {getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)}
@@ -218,7 +245,7 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
             "num_workers": self.num_workers,
             "pin_memory": self._on_cuda(),
             "persistent_workers": self.num_workers > 0,
-            "collate_fn": collate,
+            "collate_fn": partial(collate, pinned=self._on_cuda() and self.num_workers == 0),
             "worker_init_fn": _leave_the_group,
             "multiprocessing_context": "spawn" if apart else None,
             # Without its own generator every epoch would draw from the global one, and resuming would shift it.

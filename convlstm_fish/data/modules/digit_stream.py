@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ class SequenceNumbers:
 
     split: str
     size: int
+    pixels: ClassVar[bool] = False
 
     def __len__(self) -> int:
         return self.size

@@ -24,6 +24,8 @@ class StoredSequences:
         UserError: for a file that is absent or something else.
     """
 
+    pixels = True
+
     def __init__(self, path: Path, size: int | None) -> None:
         try:
             frames = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -60,6 +60,7 @@ class FrameSamples:
     image_size: tuple[int, int]
     augmentation: Augmentation | None
     seed: int
+    pixels: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return len(self.starts) * (1 if self.augmentation is None else self.augmentation.copies)

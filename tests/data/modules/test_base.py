@@ -283,6 +283,37 @@ def test_seeds_stay_plain_numbers() -> None:
     assert batch["index"].tolist() == [0, 1, 2]
 
 
+def test_threads_leave_a_batch_as_it_is(tank: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for threads in (1, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        data = clips(tank, batch_size=13)
+        data.setup("fit")
+        found.append([batch for batch, _ in zip(data.train_dataloader(), range(3))])
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    assert found[0][0]["video"].dtype == torch.uint8
+
+
+def test_a_frame_that_cannot_be_read_is_told_from_a_thread(tank: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(*_: Any) -> None:
+        raise UserError("00007.png: is not a readable image")
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    data = clips(tank)
+    data.setup("fit")
+    monkeypatch.setattr(Recording, "cut", cut)
+    with pytest.raises(UserError, match=r"^00007\.png: is not a readable image$"):
+        next(iter(data.train_dataloader()))
+
+
+@pytest.mark.gpu
+def test_the_training_process_puts_pixels_together_in_pinned_memory() -> None:
+    items = [{"video": torch.randint(256, (8, 4, 64, 64)).byte(), "label": torch.tensor(k)} for k in range(3)]
+    plain, pinned = collate([dict(item) for item in items]), collate([dict(item) for item in items], pinned=True)
+    assert pinned["video"].is_pinned()
+    torch.testing.assert_close(pinned, plain, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
