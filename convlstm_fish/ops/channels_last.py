@@ -218,6 +218,8 @@ def _differentiable(
     tensors: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor | None], recipe: _Recipe
 ) -> list[Tensor | None]:
     """The gradients as functions that can be differentiated again."""
+    # Views, for an input may come of others: what goes through those is not for this function to count.
+    tensors = [None if t is None else t.view_as(t) for t in tensors]
     x, h_0, c_0, weight_ih, weight_hh, bias, mask = tensors
     output, state = conv_lstm_reference(
         x, (h_0, c_0), weight_ih, weight_hh, bias, padding=recipe.padding,

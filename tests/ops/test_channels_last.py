@@ -105,6 +105,21 @@ def test_second_derivatives() -> None:
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
 
 
+def test_gradients_that_can_be_differentiated_of_a_sequence_in_pieces() -> None:
+    """The second piece starts from a state that the same weights made, which are not to be counted twice."""
+    leaves, mask, options = make(hx=False)
+    leaves = {k: v.double().requires_grad_() for k, v in leaves.items()}
+    found = []
+    for function in (conv_lstm_channels_last, conv_lstm_reference):
+        head, tail = ({**leaves, "x": x} for x in leaves["x"].split(2, dim=1))
+        first = call(function, head, mask, options)
+        second = call(function, {**tail, "h_0": first["h_n"], "c_0": first["c_n"]}, mask, options)
+        once = gradients(second, leaves, create_graph=True)
+        penalty = sum(g.square().sum() for g in once.values())
+        found.append((once, torch.autograd.grad(penalty, list(leaves.values()))))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
 def test_autocast_keeps_c_and_the_gradients_wide() -> None:
     leaves, mask, options = make(steps=6)
     truth_leaves = {k: v.double().requires_grad_() for k, v in leaves.items()}
