@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convlstm_fish.ops.channels_last import conv_lstm_channels_last, covers, pays
+from convlstm_fish.ops.checks import check_arguments
 from convlstm_fish.ops.equations import Norm, Peephole, State
 from convlstm_fish.ops.geometry import Padding
 from convlstm_fish.ops.reference import conv_lstm_reference, exporting
@@ -126,6 +127,7 @@ def conv_lstm(
 
         return conv_lstm_triton(*args, **kwargs)
     if backend == "triton":
+        check_arguments(*args, **{k: v for k, v in kwargs.items() if k not in ("reverse", "return_sequences")})
         raise RuntimeError(f"backend='triton' cannot run this call: {reason}")
     if not torch.compiler.is_compiling() and reason not in _said:
         _said.add(reason)
@@ -156,8 +158,9 @@ def unroll(
             :func:`conv_lstm`.
 
     Returns:
-        ``step(x, hx)``: (h_1, c_1) from x (N, C, *spatial) and (h_0, c_0), or None for zeros. It is for one pass: once
-        the weights have changed it raises a RuntimeError.
+        ``step(x, hx)``: (h_1, c_1) from x (N, C, *spatial) and (h_0, c_0), or None for zeros. It is for one pass: on a
+        GPU it raises a RuntimeError once an optimizer, or a change in place, has made other weights of these. (What is
+        done to their ``data`` it does not see.)
 
     Example:
         >>> step = unroll(torch.rand(32, 1, 3, 3), torch.rand(32, 8, 3, 3))
@@ -188,10 +191,13 @@ def unroll_stack(
         ``step(x, states)``: the last layer's h, and of each layer (h_1, c_1), from x (N, C, *spatial) and of each layer
         (h_0, c_0), or None for zeros. With None for x the first layer reads the last one's h of the states. This, the
         states handed on, and the last layer's h for the rest of the network are sooner differentiated than one h read
-        three times.
+        three times: each has a way of its own through the autograd graph, so that to ``torch.autograd.grad`` the h of
+        the states depends on neither of the other two. (It does where it has a hook or retains its gradient, as far as
+        None for x goes.)
 
     Raises:
         ValueError: an unknown backend; from the step, an argument that does not fit, named with its value.
+        RuntimeError: from the step, changed weights, and ``backend="triton"`` for what the kernels cannot run.
 
     Example:
         >>> layers = [{"weight_ih": torch.rand(32, 8, 3, 3), "weight_hh": torch.rand(32, 8, 3, 3)}] * 2
@@ -214,7 +220,6 @@ def unroll_stack(
             x = after[-1][0]
         return x, after
 
-    never = "reference" in backends or torch.compiler.is_compiling() or exporting()
     fused: Any = None
 
     def step(input: Tensor | None, states: Sequence[State | None]) -> tuple[Tensor, list[State]]:
@@ -226,6 +231,7 @@ def unroll_stack(
             if states[-1] is None:
                 raise ValueError("without an input the last layer needs a state, got None")
             x = states[-1][0]
+        never = "reference" in backends or torch.compiler.is_compiling() or exporting()
         if never or ("auto" in backends and x.device.type != "cuda") or not _HAS_TRITON:
             return plain(x, states)
         from convlstm_fish.ops.triton_kernels import UnrollTriton
@@ -253,7 +259,8 @@ def max_pool(frames: Tensor, size: int, *, backend: str = "auto") -> Tensor:
         ValueError: an unknown backend.
         RuntimeError: ``backend="triton"`` on frames that the kernel cannot pool.
     """
-    if _takes_kernel(frames, backend, "pool"):
+    whole = frames.dim() == 4 and frames.numel() > 0 and 1 <= size <= min(frames.shape[2:])
+    if _takes_kernel(frames, backend, "pool") and whole:  # torch says what is wrong with others
         from convlstm_fish.ops.triton_kernels import max_pool_triton
 
         return max_pool_triton(frames, size)

@@ -203,7 +203,12 @@ class _ChannelsLast(torch.autograd.Function):
         ctx.save_for_backward(*tensors, *(kept or ()))
         ctx.recipe = recipe
         ctx.set_materialize_grads(False)
-        return None if output is None else output.permute(0, 1, 4, 2, 3), _image(h), _image(c)
+        # Detached, for views that a function returns may not be changed in place.
+        return (
+            None if output is None else output.permute(0, 1, 4, 2, 3).detach(),
+            _image(h).detach(),
+            _image(c).detach(),
+        )
 
     @staticmethod
     def backward(ctx: Any, d_output: Tensor | None, d_h: Tensor | None, d_c: Tensor | None) -> tuple[Any, ...]:

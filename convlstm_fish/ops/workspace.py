@@ -49,9 +49,11 @@ class Workspace:
 
     def _take(self, count: int) -> np.ndarray:
         with self._lock:
-            fitting = [k for k, buffer in enumerate(self._free) if count <= buffer.nbytes <= _SLACK * count]
+            fitting = [buffer for buffer in self._free if count <= buffer.nbytes <= _SLACK * count]
             if fitting:
-                return self._free.pop(min(fitting, key=lambda k: self._free[k].nbytes))
+                found = min(fitting, key=lambda buffer: buffer.nbytes)
+                self._free = [buffer for buffer in self._free if buffer is not found]
+                return found
         return np.empty(count, np.uint8)
 
     def _give(self, buffer: np.ndarray) -> None:

@@ -38,6 +38,14 @@ def test_a_named_backend_that_cannot_run_raises(monkeypatch: pytest.MonkeyPatch)
         conv_lstm(**call(), backend="triton")
 
 
+@pytest.mark.parametrize("name", ["reference", "triton"])
+def test_what_does_not_fit_is_told_by_every_backend(name: str) -> None:
+    with pytest.raises(TypeError, match=r"input must be floating point, got torch\.int64"):
+        conv_lstm(**call() | {"input": torch.ones(2, 3, 5, 6, 7, dtype=torch.int64)}, backend=name)
+    with pytest.raises(ValueError, match="detach_every must be at least 1 step, got 0"):
+        conv_lstm(**call(), detach_every=0, backend=name)
+
+
 @pytest.mark.gpu
 def test_auto_says_once_that_it_falls_back(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(backend, "_HAS_TRITON", False)

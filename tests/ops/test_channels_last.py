@@ -136,6 +136,19 @@ def test_autocast_keeps_c_and_the_gradients_wide() -> None:
         assert float((value.detach().double() - right.detach()).norm() / right.detach().norm()) < 2e-2
 
 
+def test_outputs_may_be_changed_in_place() -> None:
+    leaves, mask, options = make()
+    leaves = {k: v.double().requires_grad_() for k, v in leaves.items()}
+    found = []
+    for function in (conv_lstm_channels_last, conv_lstm_reference):
+        values = call(function, leaves, mask, options)
+        torch.nn.functional.relu_(values["output"])
+        values["h_n"].mul_(2)
+        values["c_n"].add_(1)
+        found.append(gradients(values, leaves))
+    torch.testing.assert_close(*found, rtol=1e-11, atol=1e-12)
+
+
 def test_a_strided_clip_and_one_laid_out_channels_last() -> None:
     leaves, mask, options = make()
     video = torch.randn(2, 8, 3, 12, 14)[:, ::2, :, ::2, ::2]

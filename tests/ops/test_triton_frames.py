@@ -14,7 +14,7 @@ import torch
 from interpreter import interpreted, not_interpreted
 from torch import Tensor
 
-from convlstm_fish.ops import batch_norm
+from convlstm_fish.ops import batch_norm, max_pool
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
@@ -125,6 +125,13 @@ def check_transpose(device: str, dtype: torch.dtype) -> None:
     assert not suits(frames.to(memory_format=torch.channels_last))
     assert not suits(torch.randn(5, 1, 7, 61))
     assert not suits(frames.requires_grad_())
+
+
+@interpreted
+def test_pooling_of_frames_without_a_window() -> None:
+    assert max_pool(torch.empty(0, 3, 4, 4), 2, backend="triton").shape == (0, 3, 2, 2)
+    with pytest.raises(RuntimeError, match="Output size is too small"):
+        max_pool(torch.ones(1, 3, 4, 4), 5, backend="triton")
 
 
 @interpreted

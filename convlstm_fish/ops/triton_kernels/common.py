@@ -47,6 +47,9 @@ def tanh(x, FAST: tl.constexpr):
         small = tl.exp(-2.0 * tl.abs(x))
         y = (1.0 - small) / (1.0 + small)
         y = tl.where(x < 0, -y, y)
+        square = x * x  # near 0, where 1 - small has lost its digits, the first terms of the series
+        series = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0))))
+        y = tl.where(square < 0.01, series, y)
     return y
 
 

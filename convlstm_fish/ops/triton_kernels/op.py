@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from convlstm_fish.ops.checks import ACTIVATIONS, check_arguments
-from convlstm_fish.ops.equations import Norm
-from convlstm_fish.ops.geometry import Geometry, Padding
+from convlstm_fish.ops.equations import Norm, State
+from convlstm_fish.ops.geometry import Geometry, Padding, compute_dtype
 from convlstm_fish.ops.triton_kernels.layer import make_layer
 from convlstm_fish.ops.triton_kernels.operators import conv_lstm_forward
 from convlstm_fish.ops.triton_kernels.transpose import channels_first, channels_last
-from convlstm_fish.ops.triton_kernels.unrolled import Unrolled
-
-State = tuple[Tensor, Tensor]
-
-
-def _compute_dtype(input: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on, else the input's."""
-    device = input.device.type
-    if input.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return input.dtype
+from convlstm_fish.ops.triton_kernels.unrolled import Unrolled, versions
 
 
 def unsupported(
@@ -46,7 +38,7 @@ def unsupported(
         return f"the input is on {input.device.type}, not on a CUDA GPU"
     if input.dim() != 5:
         return f"the Triton kernels take 2 spatial dimensions, not {input.dim() - 3}"
-    dtype = _compute_dtype(input)
+    dtype = compute_dtype(input)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the Triton kernels compute in bfloat16, float16 or float32, not in {dtype}"
     if input.device.type == "cuda" and torch.cuda.get_device_capability(input.device) < (8, 0):
@@ -80,6 +72,20 @@ def _peephole(peephole: tuple[Tensor, Tensor, Tensor] | None, where: Geometry) -
     ]
 
 
+_UNROLLED: weakref.WeakSet[UnrollTriton] = weakref.WeakSet()
+
+
+def _notice(optimizer: Optimizer, *_: Any) -> None:
+    """After an optimizer's step: the fused ones do not count as changes what they do to the weights."""
+    if _UNROLLED:
+        changed = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for each in list(_UNROLLED):
+            each.stale |= each.has_any(changed)
+
+
+register_optimizer_step_post_hook(_notice)
+
+
 class UnrollTriton:
     """:func:`convlstm_fish.ops.unroll_stack` in Triton kernels; see there.
 
@@ -101,9 +107,14 @@ class UnrollTriton:
             for p in (each["weight_ih"], each["weight_hh"], each["bias"], *(each["peephole"] or ()))
             if p is not None
         ]
-        self._versions = [p._version for p in self._all]
+        self._versions, self.stale = versions(self._all), False
         self._unrolled: dict[Any, Unrolled] = {}  # by what of a call decides
         self._made: dict[Any, Unrolled] = {}  # steps with and without a state share theirs
+        _UNROLLED.add(self)
+
+    def has_any(self, ids: Collection[int]) -> bool:
+        """Whether one of the weights is of these."""
+        return any(id(p) in ids for p in self._all)
 
     def unsupported(self, input: Tensor) -> str | None:
         """Why it cannot take a step on this input, or None if it can."""
@@ -111,12 +122,12 @@ class UnrollTriton:
 
     def __call__(self, input: Tensor | None, states: Sequence[State | None]) -> tuple[Tensor, list[State]]:
         """The last layer's h after a step on (N, C, H, W), or on the last layer's h of the states, and all states."""
-        if [p._version for p in self._all] != self._versions:
+        if self.stale or versions(self._all) != self._versions:
             raise RuntimeError("the weights have changed since the first step; unroll the layers again")
         x = states[-1][0] if input is None else input  # type: ignore[index]
-        dtype, tf32 = _compute_dtype(x), torch.backends.cudnn.allow_tf32
+        dtype, tf32 = compute_dtype(x), torch.backends.cudnn.allow_tf32
         key = (
-            x.shape, x.dtype, x.device, dtype, tf32, torch.is_grad_enabled(),
+            x.shape, x.dtype, x.device, dtype, tf32, torch.is_grad_enabled(), *(p.requires_grad for p in self._all),
             *(None if s is None else tuple((t.shape, t.dtype, t.device) for t in s) for s in states),
         )  # fmt: skip
         if key not in self._unrolled:
@@ -138,7 +149,7 @@ class UnrollTriton:
             ))  # fmt: skip
             parameters.append((weight_ih, weight_hh, each["bias"], *_peephole(each["peephole"], where)))
             x = any_values.expand(x.shape[0], 1, weight_hh.shape[1], *where.out)  # as the layer above reads it
-        kind = (*layers, torch.is_grad_enabled())
+        kind = (*layers, torch.is_grad_enabled(), *(p.requires_grad for p in self._all))
         if kind not in self._made:
             self._made[kind] = Unrolled(layers, parameters)
         return self._made[kind]
@@ -177,12 +188,15 @@ def conv_lstm_triton(
     where: Geometry = check_arguments(
         input, hx, weight_ih, weight_hh, bias, peephole, stride=stride, padding=padding, dilation=dilation,
         recurrent_activation=recurrent_activation, recurrent_mask=recurrent_mask, lengths=lengths,
-        checkpoint_every=checkpoint_every,
+        checkpoint_every=checkpoint_every, detach_every=detach_every, norm=norm,
     )  # fmt: skip
-    reason = unsupported(input, hx, weight_ih, weight_hh, bias, peephole, checkpoint_every=checkpoint_every)
+    reason = unsupported(
+        input, hx, weight_ih, weight_hh, bias, peephole, checkpoint_every=checkpoint_every, detach_every=detach_every,
+        norm=norm,
+    )  # fmt: skip
     if reason is not None:
         raise RuntimeError(reason)
-    dtype = _compute_dtype(input)
+    dtype = compute_dtype(input)
     clips, steps = input.shape[:2]
     x = channels_last(input.flatten(0, 1), dtype).unflatten(0, (clips, steps))
     h_0 = c_0 = mask = None

@@ -10,7 +10,7 @@ from torch import Tensor
 from convlstm_fish.ops.triton_kernels import convolved
 from convlstm_fish.ops.triton_kernels.layer import gate_dtype, make_layer
 from convlstm_fish.ops.triton_kernels.passes import run_backward, run_forward
-from convlstm_fish.ops.triton_kernels.weights import Gradients, Weights, chunk_steps
+from convlstm_fish.ops.triton_kernels.weights import NO_SECOND_DERIVATIVE, Gradients, Weights, chunk_steps
 
 
 def _last(sequence: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:
@@ -34,9 +34,9 @@ def conv_lstm_forward(
 
     Returns:
         h of every step (N, T, H', W', C_h), empty where neither ``sequences`` nor the backward pass asks for it; h_n;
-        c_n; and for the backward pass, in the dtype of x and empty unless ``tracked``, c of every step, for wide layers
-        the gates (N, T, H', W', 4 * C_h), or for convolved ones those before activation (T, N, H', W', 4 * C_h), and
-        the images; see their run_forward.
+        c_n; and for the backward pass, empty unless ``tracked``: c of every step; for wide layers the gates
+        (N, T, H', W', 4 * C_h), in :func:`gate_dtype`'s, or for convolved ones those before activation
+        (T, N, H', W', 4 * C_h); and the images; see their run_forward.
     """
     layer = make_layer(x, weight_ih, weight_hh, size, stride, pads, dilation, activation, tf32, reverse)
     plain = mask is None and lengths is None
@@ -66,8 +66,9 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     layer = make_layer(x, weight_ih, weight_hh, size, stride, pads, dilation, activation, tf32, reverse)
     clips, steps, frame = layer.clips, layer.steps, (*size, layer.hidden)
-    is_convolved = tracked and mask is None and lengths is None and convolved.covers(layer)
-    gates = x.new_empty(0, dtype=gate_dtype(x.dtype))
+    covered = mask is None and lengths is None and convolved.covers(layer)
+    is_convolved = tracked and covered
+    gates = x.new_empty(0, dtype=x.dtype if covered else gate_dtype(x.dtype))
     if is_convolved:
         gates = x.new_empty(steps, clips, *size, 4 * layer.hidden)
     elif tracked and layer.tiles.keep_gates:
@@ -154,4 +155,9 @@ def _gradient(ctx: Any, dout: Tensor | None, dh_n: Tensor | None, dc_n: Tensor |
     return (dx if need[0] else None, *state, dw_ih, dw_hh, dbias, *peephole, *([None] * (len(need) - 9)))
 
 
+def _second_gradient(*_: Any) -> None:
+    raise RuntimeError(NO_SECOND_DERIVATIVE)
+
+
 conv_lstm_forward.register_autograd(_gradient, setup_context=_setup_context)
+_backward.register_autograd(_second_gradient)

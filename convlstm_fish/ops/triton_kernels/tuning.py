@@ -121,8 +121,6 @@ def choose(channels: int, hidden: int, dtype: torch.dtype, weight_rows: int = 0)
         weight = WeightTile(32, 64, 64, 16, 4, 3, True)
     elif hidden <= 32:
         weight = WeightTile(64, 128, 64, 0, 4, 4, False)
-    elif hidden <= 64:
-        weight = WeightTile(64, 128, 128, 0, 4, 3, False)
     else:
         weight = WeightTile(64, 128, 128, 0, 4, 3, False)
     return Tiles(forward, backward, image, weight, keep_gates)

@@ -18,6 +18,7 @@ from convlstm_fish.ops.triton_kernels.tuning import Tile
 
 # The gates' gradients of so many bytes are kept until the weights' gradients take them up.
 CHUNK_BYTES = 512 << 20
+NO_SECOND_DERIVATIVE = "the Triton kernels have no second derivative; take backend='reference'"
 
 
 def chunk_steps(layer: Layer) -> int:
@@ -30,7 +31,7 @@ class Weights:
     """The parameters of a layer. Each matrix that a kernel reads is packed once, when it is first asked for.
 
     Args:
-        layer: sizes and options; those of time, clips and image do not matter here.
+        layer: sizes and options; that of time does not matter here.
         weight_ih: (4 * C_h, C, *kernel).
         weight_hh: (4 * C_h, C_h, *kernel_h).
         bias: (4 * C_h,) or None.
