@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreter import not_interpreted, on_both
+from interpreter import interpreted, not_interpreted, on_both
 from kernel_cases import TOLERANCE, relative_error
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -23,8 +23,15 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
 
 SIZE = (3, 4)
-# Channels of the input and the layers: convolved by cuDNN, and by our kernels.
-stacks = pytest.mark.parametrize("channels", [(64, 64, 64), (8, 8)])
+# Channels of the input and the layers: convolved by cuDNN, and by our kernels, which the interpreter is slow with.
+stacks = pytest.mark.parametrize(
+    ("channels", "device"),
+    [
+        pytest.param((64, 64, 64), "cpu", marks=interpreted),
+        pytest.param((64, 64, 64), "cuda", marks=pytest.mark.gpu),
+        pytest.param((8, 8), "cuda", marks=pytest.mark.gpu),
+    ],
+)
 Results = list[Tensor]
 
 
@@ -78,7 +85,6 @@ def test_the_interpreter_in_a_process_of_its_own(interpret: Callable[[str], None
     interpret(__file__)
 
 
-@on_both
 @stacks
 def test_a_backward_pass_within_another(
     channels: Sequence[int], device: str, precision: Callable[[bool], None]
@@ -112,7 +118,6 @@ def test_a_backward_pass_within_another(
     compare(use, channels, device, precision)
 
 
-@on_both
 @stacks
 def test_checkpoints_and_then_a_step_that_is_fed_back(
     channels: Sequence[int], device: str, precision: Callable[[bool], None]
@@ -129,7 +134,6 @@ def test_checkpoints_and_then_a_step_that_is_fed_back(
     compare(use, channels, device, precision)
 
 
-@on_both
 @stacks
 def test_a_state_that_is_changed_or_looked_at_before_it_is_fed_back(
     channels: Sequence[int], device: str, precision: Callable[[bool], None]
@@ -149,7 +153,6 @@ def test_a_state_that_is_changed_or_looked_at_before_it_is_fed_back(
     compare(use, channels, device, precision)
 
 
-@on_both
 @stacks
 def test_layers_that_a_loss_does_not_read_have_no_gradient(
     channels: Sequence[int], device: str, precision: Callable[[bool], None]
@@ -162,7 +165,6 @@ def test_layers_that_a_loss_does_not_read_have_no_gradient(
     compare(use, channels, device, precision)
 
 
-@on_both
 @stacks
 def test_outputs_may_be_changed_in_place(
     channels: Sequence[int], device: str, precision: Callable[[bool], None]
@@ -176,7 +178,6 @@ def test_outputs_may_be_changed_in_place(
     compare(use, channels, device, precision)
 
 
-@on_both
 @stacks
 def test_a_second_derivative_is_refused(
     channels: Sequence[int], device: str, precision: Callable[[bool], None]
@@ -196,7 +197,6 @@ def test_a_second_derivative_is_refused(
         first.sum().backward()
 
 
-@on_both
 @stacks
 def test_weights_that_have_changed_are_told(
     channels: Sequence[int], device: str, precision: Callable[[bool], None]
@@ -221,7 +221,6 @@ def test_weights_that_have_changed_are_told(
         loop(loop.x[2])
 
 
-@on_both
 @stacks
 def test_weights_of_inference_mode_and_weights_that_are_thawed(
     channels: Sequence[int], device: str, precision: Callable[[bool], None]
