@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -16,6 +17,8 @@ import numpy.typing as npt
 from convlstm_fish.data import labels as rules
 from convlstm_fish.data import store
 from convlstm_fish.errors import UserError
+
+_READ_FRAMES = 8  # at a time, to stay in the cache until they are cut
 
 
 class Recording:
@@ -128,19 +131,36 @@ class Recording:
     ) -> npt.NDArray[np.uint8]:
         """Copy a piece out of the recording: uint8 (n, rows, columns).
 
-        The pages of the file that were read stop counting as memory of this process, so that reading a
-        recording of any length takes no more memory than one piece. (They stay in the system's file cache.)
+        A memory-mapped file is read past its map, a few frames at a time: pages that come into memory of the process
+        cost more than the copy, would count as its own, and are waited for by other threads.
+
+        Raises:
+            UserError: when the file has become shorter.
         """
-        block = self.frames[frames]
-        piece = np.array(block[:, rows][:, :, columns], dtype=np.uint8, order="C", copy=True)
-        mapped = getattr(self.frames, "base", None)
-        if isinstance(mapped, mmap.mmap) and hasattr(mapped, "madvise"):
-            start, stop, _ = frames.indices(len(self))
-            frame_bytes = self.size[0] * self.size[1]
-            first = (store.HEADER_BYTES + start * frame_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
-            length = store.HEADER_BYTES + stop * frame_bytes - first
-            mapped.madvise(mmap.MADV_DONTNEED, first, length)
-        return piece
+        if not isinstance(getattr(self.frames, "base", None), mmap.mmap):
+            return np.array(self.frames[frames][:, rows][:, :, columns], dtype=np.uint8, order="C", copy=True)
+        wanted = range(*frames.indices(len(self)))
+        together = _READ_FRAMES if wanted.step == 1 else 1
+        height, width = self.size
+        pieces = None
+        for at in range(0, len(wanted), together):
+            count = min(together, len(wanted) - at)
+            start = store.HEADER_BYTES + wanted[at] * height * width
+            found = os.pread(self._file, count * height * width, start)
+            if len(found) < count * height * width:
+                raise UserError(f"{self.frames.filename}: ends before frame {wanted[at + count - 1]}; prepare it again")
+            piece = np.frombuffer(found, np.uint8).reshape(count, height, width)[:, rows][:, :, columns]
+            if pieces is None:
+                pieces = np.empty((len(wanted), *piece.shape[1:]), np.uint8)
+            pieces[at : at + count] = piece
+        return np.empty((0, height, width), np.uint8)[:, rows][:, :, columns] if pieces is None else pieces
+
+    @cached_property
+    def _file(self) -> int:
+        """Descriptor of the file behind the memory map."""
+        descriptor = os.open(self.frames.filename, os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
 
     @property
     def size(self) -> tuple[int, int]:

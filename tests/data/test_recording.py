@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 from pathlib import Path
@@ -100,6 +101,14 @@ def test_cut_copies_and_gives_the_memory_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(whole, frames[10:12])
     whole[:] = 0  # a copy, not the file
     assert resident() - before < 4000  # of 14,400 kB
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_named(tmp_path: Path) -> None:
+    recording = write(tmp_path / "tank", some_frames(50))
+    os.truncate(tmp_path / "tank" / "frames.npy", 128 + 20 * math.prod(recording.size))
+    assert len(recording.cut(slice(10, 20))) == 10
+    with pytest.raises(UserError, match=r"frames\.npy: ends before frame 20; prepare it again$"):
+        recording.cut(slice(10, 21))
 
 
 def test_a_kill_between_the_two_renames_of_a_replacement_is_repaired(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import os
 import signal
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy.typing as npt
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate, get_worker_info
 
 from convlstm_fish.data.order import EvaluationOrder, RunOrder
 from convlstm_fish.errors import UserError, require
@@ -46,8 +45,8 @@ class Samples(Protocol):
 class _KeyedDataset(Dataset[Batch]):
     """Adapts :class:`Samples` to the keys of the two orders: (sample, epoch), or sample, or -1 for padding."""
 
-    def __init__(self, samples: Samples) -> None:
-        self.samples = samples
+    def __init__(self, samples: Samples, pinned: bool) -> None:
+        self.samples, self.pinned = samples, pinned
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -59,28 +58,36 @@ class _KeyedDataset(Dataset[Batch]):
         item["valid"] = torch.tensor(key >= 0)
         return item
 
-    def __getitems__(self, keys: list[Any]) -> list[Batch]:
-        """A batch; a loader process, of which there are more, has one thread."""
-        threads = min(torch.get_num_threads(), len(keys)) if self.samples.pixels else 1
-        if threads == 1:
-            return [self[key] for key in keys]
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(self.__getitem__, keys))
+    def __getitems__(self, keys: list[Any]) -> Batch:
+        """A batch. In the training process pixels are read by threads, each to where the batch has them."""
+        if not self.samples.pixels or get_worker_info() is not None:
+            return collate([self[key] for key in keys])
+        first = self[keys[0]]
+        large = {name: t for name, t in first.items() if isinstance(t, Tensor) and t.nbytes >= _LARGE}
+        # Pinned, a GPU fetches them as they lie, and their memory is used again.
+        batch = {
+            name: torch.empty(len(keys), *t.shape, dtype=t.dtype, pin_memory=self.pinned) for name, t in large.items()
+        }
+
+        def read(place: int) -> Batch:
+            item = self[keys[place]] if place else first
+            for name, together in batch.items():
+                together[place].numpy()[...] = item.pop(name).numpy()  # torch would copy it by threads of its own
+            return item
+
+        with ThreadPoolExecutor(min(torch.get_num_threads(), len(keys))) as pool:
+            items = list(pool.map(read, range(len(keys))))
+        return {**batch, **collate(items)}
 
 
-def collate(items: list[Batch], pinned: bool = False) -> Batch:
-    """Stack samples into a batch; seeds stay a list, so that a GPU never has to be asked for them.
-
-    ``pinned`` puts large tensors together where a GPU can fetch them, in memory that is used again.
-    """
+def collate(items: list[Batch]) -> Batch:
+    """Stack samples into a batch; seeds stay a list, so that a GPU never has to be asked for them."""
     seeds = {key: [item.pop(key) for item in items] for key in tuple(items[0]) if key.endswith("_seed")}
-    large: Batch = {}
-    for key, first in tuple(items[0].items()) if pinned else ():
-        if isinstance(first, Tensor) and first.nbytes >= _LARGE:
-            large[key] = torch.empty(len(items), *first.shape, dtype=first.dtype, pin_memory=True)
-            for place, item in zip(large[key], items):
-                place.copy_(item.pop(key))
-    return {**large, **default_collate(items), **seeds}
+    return {**default_collate(items), **seeds}
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 _STOPS = {getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)}
@@ -134,7 +141,7 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
 
     Args:
         batch_size: samples per batch and process.
-        num_workers: processes that load; 0 loads in the training process.
+        num_workers: processes that load; 0 loads in the training process, by threads.
         seed: of order and augmentation.
 
     Raises:
@@ -241,11 +248,11 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
         # The threads of several processes' talk may hold locks just when a loader process is forked, for good.
         apart = self.num_workers > 0 and self._world() > 1
         common: dict[str, Any] = {
-            "dataset": _KeyedDataset(samples),
+            "dataset": _KeyedDataset(samples, pinned=self._on_cuda()),
             "num_workers": self.num_workers,
             "pin_memory": self._on_cuda(),
             "persistent_workers": self.num_workers > 0,
-            "collate_fn": partial(collate, pinned=self._on_cuda() and self.num_workers == 0),
+            "collate_fn": _as_it_is,
             "worker_init_fn": _leave_the_group,
             "multiprocessing_context": "spawn" if apart else None,
             # Without its own generator every epoch would draw from the global one, and resuming would shift it.

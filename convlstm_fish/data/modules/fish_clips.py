@@ -122,7 +122,7 @@ class FishClips(ResumableDataModule):
             includes the last frames of it, for which no label exists (their label is -1).
         pixels_on: "device" brings the recording to the GPU once and gathers the clips there; "host" cuts them from
             the memory map and sends them; "auto" takes the device where a GPU has room.
-        num_workers: processes that load; 0 loads in the training process.
+        num_workers: processes that load; 0 loads in the training process, by threads.
         seed: of order and augmentation.
         simulate: options of :func:`convlstm_fish.data.simulate.simulate` (minutes, seed, ...); with them a recording
             that is absent is simulated on first use.
