@@ -18,7 +18,7 @@ from convlstm_fish.data import labels as rules
 from convlstm_fish.data import store
 from convlstm_fish.errors import UserError
 
-_READ_FRAMES = 8  # at a time, to stay in the cache until they are cut
+_READ_BYTES = 1 << 21  # at a time, to stay in the cache until they are cut
 
 
 class Recording:
@@ -128,8 +128,9 @@ class Recording:
         frames: slice,
         rows: slice | npt.NDArray[np.int64] = slice(None),
         columns: slice | npt.NDArray[np.int64] = slice(None),
+        out: npt.NDArray[np.uint8] | None = None,
     ) -> npt.NDArray[np.uint8]:
-        """Copy a piece out of the recording: uint8 (n, rows, columns).
+        """Copy a piece out of the recording: uint8 (n, rows, columns), to ``out`` where it is given.
 
         A memory-mapped file is read past its map, a few frames at a time: pages that come into memory of the process
         cost more than the copy, would count as its own, and are waited for by other threads.
@@ -137,23 +138,24 @@ class Recording:
         Raises:
             UserError: when the file has become shorter.
         """
-        if not isinstance(getattr(self.frames, "base", None), mmap.mmap):
-            return np.array(self.frames[frames][:, rows][:, :, columns], dtype=np.uint8, order="C", copy=True)
-        wanted = range(*frames.indices(len(self)))
-        together = _READ_FRAMES if wanted.step == 1 else 1
         height, width = self.size
-        pieces = None
+        wanted = range(*frames.indices(len(self)))
+        if out is None:
+            out = np.empty((len(wanted), len(_chosen(rows, height)), len(_chosen(columns, width))), np.uint8)
+        mapped = isinstance(getattr(self.frames, "base", None), mmap.mmap)
+        if not mapped or not hasattr(os, "preadv"):  # as on Windows
+            out[...] = self.frames[frames][:, rows][:, :, columns]
+            return out
+        together = max(1, min(_READ_BYTES // (height * width), len(wanted))) if wanted.step == 1 else 1
+        piece = np.empty((together, height, width), np.uint8)
         for at in range(0, len(wanted), together):
-            count = min(together, len(wanted) - at)
-            start = store.HEADER_BYTES + wanted[at] * height * width
-            found = os.pread(self._file, count * height * width, start)
-            if len(found) < count * height * width:
-                raise UserError(f"{self.frames.filename}: ends before frame {wanted[at + count - 1]}; prepare it again")
-            piece = np.frombuffer(found, np.uint8).reshape(count, height, width)[:, rows][:, :, columns]
-            if pieces is None:
-                pieces = np.empty((len(wanted), *piece.shape[1:]), np.uint8)
-            pieces[at : at + count] = piece
-        return np.empty((0, height, width), np.uint8)[:, rows][:, :, columns] if pieces is None else pieces
+            part = piece[: len(wanted) - at]
+            if os.preadv(self._file, [part.data], store.HEADER_BYTES + wanted[at] * height * width) < part.nbytes:
+                raise UserError(
+                    f"{self.frames.filename}: ends before frame {wanted[at + len(part) - 1]}; prepare it again"
+                )
+            out[at : at + together] = part[:, rows][:, :, columns]
+        return out
 
     @cached_property
     def _file(self) -> int:
@@ -301,3 +303,7 @@ class Recording:
 
 def _open_with(path: str, splits: Mapping[str, tuple[int, int]]) -> Recording:
     return Recording.open(path).with_splits(splits)
+
+
+def _chosen(places: slice | npt.NDArray[np.int64], size: int) -> range | npt.NDArray[np.int64]:
+    return range(*places.indices(size)) if isinstance(places, slice) else places

@@ -1,7 +1,7 @@
 """Clips a second that FishClips delivers to the device, augmented, without a network: what training may not outrun.
 
-The recording is simulated where it is absent. "device" gathers from frames that lie there, "host" cuts clips from the
-memory map and sends them as bytes, in the training process or in loader processes:
+The recording is simulated where it is absent. "device" gathers from frames that lie there, "pinned" fetches clips from
+memory of the host, "host" cuts them from the file and sends them, in the training process or in loader processes:
 
     python tests/benchmarks/data_pipeline.py --data data/tank --batch 64
 """
@@ -52,7 +52,7 @@ def main() -> None:
     options.add_argument("--output", type=Path)
     args = options.parse_args()
     rows: dict[str, dict[str, Any]] = {}
-    for pixels_on in ("device", "host"):
+    for pixels_on in ("device", "pinned", "host"):
         for workers in args.workers:
             rows[f"{pixels_on}, {workers} workers"] = rate(args, pixels_on, workers)
     name = f"data_pipeline_{args.batch}"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,35 +17,76 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate, get_worker_info
 
+from convlstm_fish.data.modules.sending import Sender
 from convlstm_fish.data.order import EvaluationOrder, RunOrder
 from convlstm_fish.errors import UserError, require
 
 Batch = dict[str, Any]
-_LARGE = 1 << 16  # bytes of one sample's tensor
+Key = int | tuple[int, int]
+_LARGE = 1 << 20  # bytes that are worth a stream of their own
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The pixels of samples, which are read side by side, in threads, each to where the batch has them.
+
+    Attributes:
+        key: their name in the batch.
+        shape: of one sample's; uint8.
+        read: reads a sample's, by number, to where it is told.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    read: Callable[[int, npt.NDArray[np.uint8]], None]
 
 
 class Samples(Protocol):
-    """What a DataModule provides for each split: samples by number. Workers get a copy, so it has to pickle.
-
-    Attributes:
-        pixels: samples hold pixels, which are read side by side, in threads.
-    """
+    """What a DataModule provides for each split: samples by number. Workers get a copy, so it has to pickle."""
 
     @property
-    def pixels(self) -> bool: ...
+    def pixels(self) -> Pixels | None:
+        """How pixels are read, or None for samples that have none."""
+        ...
 
     def __len__(self) -> int: ...
 
     def sample(self, index: int, epoch: int) -> Batch:
-        """Sample ``index`` as tensors, uint8 where pixels; ``epoch`` is for what differs from epoch to epoch.
+        """Sample ``index`` as tensors, but for its pixels; ``epoch`` is for what differs from epoch to epoch.
 
         A key that ends in ``_seed`` holds a Python int; in the batch it stays a list of ints on the CPU.
         """
         ...
 
 
+def batch_of(samples: Samples, keys: Sequence[Key], pinned: bool = False) -> Batch:
+    """A batch, its pixels read by threads.
+
+    Args:
+        samples: of which.
+        keys: (sample, epoch) as in training; or sample, or -1 for padding, as in evaluation, which adds ``valid``.
+        pinned: put the pixels into pinned memory, from which a GPU can fetch them.
+    """
+
+    def sample(key: Key) -> Batch:
+        if isinstance(key, tuple):
+            return samples.sample(*key)
+        return {**samples.sample(max(key, 0), 0), "valid": torch.tensor(key >= 0)}
+
+    if samples.pixels is None:
+        return collate([sample(key) for key in keys])
+    together = torch.empty(len(keys), *samples.pixels.shape, dtype=torch.uint8, pin_memory=pinned)
+    indices = [key[0] if isinstance(key, tuple) else max(key, 0) for key in keys]
+    with ThreadPoolExecutor(min(torch.get_num_threads(), len(keys))) as pool:
+        reading = pool.map(samples.pixels.read, indices, together.numpy())
+        batch = collate([sample(key) for key in keys])
+        for _ in reading:  # raises what a thread has raised
+            pass
+    return {samples.pixels.key: together, **batch}
+
+
 class _KeyedDataset(Dataset[Batch]):
-    """Adapts :class:`Samples` to the keys of the two orders: (sample, epoch), or sample, or -1 for padding."""
+    """Hands the keys of the two orders to :func:`batch_of`."""
 
     def __init__(self, samples: Samples, pinned: bool) -> None:
         self.samples, self.pinned = samples, pinned
@@ -51,33 +94,8 @@ class _KeyedDataset(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Batch:
-        if isinstance(key, tuple):
-            return self.samples.sample(*key)
-        item = self.samples.sample(max(key, 0), 0)
-        item["valid"] = torch.tensor(key >= 0)
-        return item
-
-    def __getitems__(self, keys: list[Any]) -> Batch:
-        """A batch. In the training process pixels are read by threads, each to where the batch has them."""
-        if not self.samples.pixels or get_worker_info() is not None:
-            return collate([self[key] for key in keys])
-        first = self[keys[0]]
-        large = {name: t for name, t in first.items() if isinstance(t, Tensor) and t.nbytes >= _LARGE}
-        # Pinned, a GPU fetches them as they lie, and their memory is used again.
-        batch = {
-            name: torch.empty(len(keys), *t.shape, dtype=t.dtype, pin_memory=self.pinned) for name, t in large.items()
-        }
-
-        def read(place: int) -> Batch:
-            item = self[keys[place]] if place else first
-            for name, together in batch.items():
-                together[place].numpy()[...] = item.pop(name).numpy()  # torch would copy it by threads of its own
-            return item
-
-        with ThreadPoolExecutor(min(torch.get_num_threads(), len(keys))) as pool:
-            items = list(pool.map(read, range(len(keys))))
-        return {**batch, **collate(items)}
+    def __getitems__(self, keys: list[Key]) -> Batch:
+        return batch_of(self.samples, keys, self.pinned and get_worker_info() is None)  # a loader process has no GPU
 
 
 def collate(items: list[Batch]) -> Batch:
@@ -159,6 +177,7 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
         self._restored: dict[str, int] | None = None
         self._train_size = 0
         self._cache: dict[str, Samples] = {}
+        self._senders: dict[torch.device, Sender] = {}
 
     # -- for subclasses ------------------------------------------------------------------------------------------
 
@@ -309,6 +328,20 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
         module: Any = None if self.trainer is None else self.trainer.lightning_module
         dtype: torch.dtype = torch.float32 if module is None else module.dtype
         return dtype
+
+    def _sender(self, device: torch.device) -> Sender:
+        if device not in self._senders:
+            self._senders[device] = Sender(device)
+        return self._senders[device]
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Bring a batch to the device; to a GPU, its pixels beside the step before."""
+        pixels = {}
+        if device.type == "cuda":
+            large = [key for key, t in batch.items() if isinstance(t, Tensor) and t.is_pinned() and t.nbytes >= _LARGE]
+            pixels = {key: self._sender(device).send(batch.pop(key)[None])[0] for key in large}
+        moved: Batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return {**moved, **pixels}
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Turn uint8 pixels into numbers from 0 to 1, on the device where the batch is."""

@@ -32,7 +32,7 @@ class SequenceNumbers:
 
     split: str
     size: int
-    pixels: ClassVar[bool] = False
+    pixels: ClassVar[None] = None
 
     def __len__(self) -> int:
         return self.size

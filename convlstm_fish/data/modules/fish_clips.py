@@ -15,14 +15,14 @@ from pytorch_lightning.utilities import rank_zero_warn
 from convlstm_fish.data import clips
 from convlstm_fish.data import labels as rules
 from convlstm_fish.data.modules.augment import Augmentation
-from convlstm_fish.data.modules.base import Batch, ResumableDataModule
-from convlstm_fish.data.modules.resident import ResidentFrames
+from convlstm_fish.data.modules.base import Batch, Pixels, ResumableDataModule
+from convlstm_fish.data.modules.resident import PinnedFrames, ResidentFrames
 from convlstm_fish.data.recording import Recording
 from convlstm_fish.data.simulate import simulate as simulated_tank
 from convlstm_fish.errors import UserError, require
 
 INPUT_FORMS = ("time_channels", "single_channel")
-PIXELS_ON = ("auto", "device", "host")
+PIXELS_ON = ("auto", "device", "pinned", "host")
 UNKNOWN = -1
 
 
@@ -38,7 +38,7 @@ class ClipSamples:
         image_size: height and width of the clips, selected by nearest neighbour.
         augmentation: for training clips, or None.
         seed: of the augmentation.
-        pixels: False leaves out ``video``, for pixels that are on the device already.
+        with_pixels: False leaves out ``video``, for pixels that are in memory already.
     """
 
     def __init__(
@@ -51,11 +51,13 @@ class ClipSamples:
         image_size: tuple[int, int],
         augmentation: Augmentation | None = None,
         seed: int = 0,
-        pixels: bool = True,
+        with_pixels: bool = True,
     ) -> None:
         self.recording, self.ends, self.labels = recording, ends, labels
         self.clip_frames, self.step_frames, self.image_size = clip_frames, step_frames, image_size
-        self.augmentation, self.seed, self.pixels = augmentation, seed, pixels
+        self.augmentation, self.seed = augmentation, seed
+        shape = clip_frames // step_frames, step_frames, *image_size
+        self.pixels = Pixels("video", shape, self.read) if with_pixels else None
         self._rows, self._columns = _kept_pixels(recording, image_size)
 
     def __len__(self) -> int:
@@ -65,17 +67,18 @@ class ClipSamples:
         """Label of every sample."""
         return np.repeat(self.labels, len(self) // len(self.ends))
 
-    def video(self, clip: int) -> torch.Tensor:
-        """Clip number ``clip``: uint8 (T, C, H, W)."""
-        frames = clips.clip_slice(int(self.ends[clip]), self.clip_frames)
-        pixels = self.recording.cut(frames, self._rows, self._columns)
-        return torch.from_numpy(pixels).view(-1, self.step_frames, *self.image_size)
+    def _clip(self, index: int) -> int:
+        return index if self.augmentation is None else index // self.augmentation.copies
+
+    def read(self, index: int, video: npt.NDArray[np.uint8]) -> None:
+        """Read the clip of sample ``index`` to ``video`` (T, C, H, W)."""
+        frames = clips.clip_slice(int(self.ends[self._clip(index)]), self.clip_frames)
+        self.recording.cut(frames, self._rows, self._columns, out=video.reshape(-1, *self.image_size))
 
     def sample(self, index: int, epoch: int) -> Batch:
-        """Sample ``index``: its clip, label and last frame, and what augmentation does to it in ``epoch``."""
-        clip = index if self.augmentation is None else index // self.augmentation.copies
-        item: Batch = {"video": self.video(clip)} if self.pixels else {}
-        item |= {
+        """Sample ``index``: its label and last frame, and what augmentation does to it in ``epoch``."""
+        clip = self._clip(index)
+        item: Batch = {
             "label": torch.tensor(int(self.labels[clip])),
             "index": torch.tensor(int(self.ends[clip])),
         }
@@ -120,8 +123,9 @@ class FishClips(ResumableDataModule):
         balanced: an epoch in which both labels are equally frequent.
         predict_split: "train", "validation", "test", or "all" for the whole recording as one series. Prediction
             includes the last frames of it, for which no label exists (their label is -1).
-        pixels_on: "device" brings the recording to the GPU once and gathers the clips there; "host" cuts them from
-            the memory map and sends them; "auto" takes the device where a GPU has room.
+        pixels_on: "device" brings the recording to the GPU once and gathers the clips there; "pinned" brings it into
+            pinned memory of the host, from which the GPU fetches clips while it computes; "host" cuts each clip from
+            the recording's file and sends it. "auto" takes the first of them that has room, without a GPU "host".
         num_workers: processes that load; 0 loads in the training process, by threads.
         seed: of order and augmentation.
         simulate: options of :func:`convlstm_fish.data.simulate.simulate` (minutes, seed, ...); with them a recording
@@ -195,6 +199,7 @@ class FishClips(ResumableDataModule):
         self._recording: Recording | None = None
         self._labels: npt.NDArray[np.uint8] | None = None
         self._resident: ResidentFrames | None = None
+        self._pinned: PinnedFrames | None = None
 
     # -- the recording -------------------------------------------------------------------------------------------
 
@@ -318,7 +323,7 @@ class FishClips(ResumableDataModule):
             self.image_size,
             self.augmentation if split == "train" else None,
             self.seed,
-            pixels=not self._gathers_on_device(),
+            with_pixels=self._pixels_lie_on() == "host",
         )
 
     def _labelled(self) -> npt.NDArray[np.int64]:
@@ -335,14 +340,20 @@ class FishClips(ResumableDataModule):
 
     # -- on the device -------------------------------------------------------------------------------------------
 
-    def _gathers_on_device(self) -> bool:
+    def _pixels_lie_on(self) -> str:
+        """ "device", "pinned" or "host"."""
+        if not self._on_cuda():  # whose memory there is
+            return "device" if self.pixels_on in ("device", "pinned") else "host"
         if self.pixels_on != "auto":
-            return self.pixels_on == "device"
-        if not self._on_cuda():
-            return False
-        device = torch.device("cuda") if self.trainer is None else self.trainer.strategy.root_device
+            return self.pixels_on
         # Once there, its memory is no longer free: do not ask again.
-        return self._resident is not None or ResidentFrames.fits(len(self.recording), self.image_size, device)
+        if self._resident is not None or self._pinned is not None:
+            return "device" if self._pinned is None else "pinned"
+        device = torch.device("cuda") if self.trainer is None else self.trainer.strategy.root_device
+        if ResidentFrames.fits(len(self.recording), self.image_size, device):
+            return "device"
+        beside = 1 if self.trainer is None else self.trainer.num_devices
+        return "pinned" if PinnedFrames.fits(len(self.recording), self.image_size, beside) else "host"
 
     def _frames_on(self, device: torch.device) -> ResidentFrames:
         if self._resident is None or self._resident.frames.device != device:
@@ -351,6 +362,18 @@ class FishClips(ResumableDataModule):
             flipped = flipped and ResidentFrames.fits(4 * len(self.recording), self.image_size, device)
             self._resident = ResidentFrames(self.recording, *kept, self.image_size, device, flipped)
         return self._resident
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Bring a batch to the device, with the clips that lie in pinned memory."""
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        if "video" not in moved and device.type == "cuda" and self._pixels_lie_on() == "pinned":
+            if self._pinned is None:
+                self._pinned = PinnedFrames(
+                    self.recording, *_kept_pixels(self.recording, self.image_size), self.image_size
+                )
+            sender = self._sender(device)
+            moved["video"] = self._pinned.clips(batch["index"], self.clip_frames, self.step_frames, sender)
+        return moved
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Make float of the pixels, and augment training clips, on the device where the batch is."""

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from convlstm_fish.data.modules.base import Batch, ResumableDataModule, Samples
+from convlstm_fish.data.modules.base import Batch, Pixels, ResumableDataModule, Samples
 from convlstm_fish.data.modules.digit_stream import DEFAULT_PATH, DigitStream
 from convlstm_fish.data.moving_mnist import moving_digits
 from convlstm_fish.errors import UserError, require
@@ -23,8 +24,6 @@ class StoredSequences:
     Raises:
         UserError: for a file that is absent or something else.
     """
-
-    pixels = True
 
     def __init__(self, path: Path, size: int | None) -> None:
         try:
@@ -47,9 +46,18 @@ class StoredSequences:
     def __reduce__(self) -> tuple[Any, ...]:
         return StoredSequences, (self.path, self.size)  # a worker maps the file again instead of copying it
 
+    @property
+    def pixels(self) -> Pixels:
+        """``frames`` uint8 (20, 64, 64)."""
+        return Pixels("frames", (20, 64, 64), self.read)
+
+    def read(self, index: int, frames: npt.NDArray[np.uint8]) -> None:
+        """Read sequence ``index`` to ``frames`` (20, 64, 64)."""
+        frames[...] = self.frames[:, index]
+
     def sample(self, index: int, epoch: int) -> Batch:
-        """``index`` and ``frames`` uint8 (20, 64, 64)."""
-        return {"index": torch.tensor(index), "frames": torch.from_numpy(np.array(self.frames[:, index]))}
+        """``index``."""
+        return {"index": torch.tensor(index)}
 
 
 class MovingMNIST(DigitStream):

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from convlstm_fish.data import clips, store
 from convlstm_fish.data.modules.augment import Augmentation
-from convlstm_fish.data.modules.base import Batch, ResumableDataModule, Samples
+from convlstm_fish.data.modules.base import Batch, Pixels, ResumableDataModule, Samples
 from convlstm_fish.data.recording import Recording
 from convlstm_fish.errors import UserError, require
 
@@ -60,23 +61,33 @@ class FrameSamples:
     image_size: tuple[int, int]
     augmentation: Augmentation | None
     seed: int
-    pixels: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return len(self.starts) * (1 if self.augmentation is None else self.augmentation.copies)
 
-    def sample(self, index: int, epoch: int) -> Batch:
-        """Sequence ``index``: ``frames`` uint8 (T, 1, H, W), ``index``, and what augmentation does to it."""
+    @property
+    def pixels(self) -> Pixels:
+        """``frames`` uint8 (T, 1, H, W)."""
+        return Pixels("frames", (self.frames, 1, *self.image_size), self.read)
+
+    def _start(self, index: int) -> tuple[int, int]:
         which, start = self.starts[index if self.augmentation is None else index // self.augmentation.copies].tolist()
+        return which, start
+
+    def read(self, index: int, frames: npt.NDArray[np.uint8]) -> None:
+        """Read the frames of sequence ``index`` to ``frames`` (T, 1, H, W)."""
+        which, start = self._start(index)
         recording = self.recordings[which]
         rows, columns = (
             clips.as_slice(clips.nearest(source, target)) for source, target in zip(recording.size, self.image_size)
         )
         wanted = slice(start, start + (self.frames - 1) * self.frame_step + 1, self.frame_step)
-        item: Batch = {
-            "frames": torch.from_numpy(recording.cut(wanted, rows, columns))[:, None],
-            "index": torch.tensor(self.offsets[which] + start),
-        }
+        recording.cut(wanted, rows, columns, out=frames[:, 0])
+
+    def sample(self, index: int, epoch: int) -> Batch:
+        """Sequence ``index``: ``index``, its first frame, and what augmentation does to it."""
+        which, start = self._start(index)
+        item: Batch = {"index": torch.tensor(self.offsets[which] + start)}
         if self.augmentation is not None:
             item["augmentation"], item["noise_seed"] = self.augmentation.draw(self.seed, epoch, index)
         return item

@@ -1,18 +1,22 @@
-"""A recording that lies on the GPU: clips are gathered there, and no pixel travels while training runs."""
+"""A recording that lies in memory: on the GPU, where clips are gathered, or pinned, for the GPU to fetch them."""
 
 from __future__ import annotations
+
+import contextlib
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from convlstm_fish.data.modules.base import by_words
+from convlstm_fish.data.modules.sending import Sender
 from convlstm_fish.data.recording import Recording
 
 # Frames that are read and sent at a time while the recording is brought to the device.
 CHUNK = 1024
 
-# The largest share of the free device memory that "auto" lets a recording have; training needs the rest.
+# The largest share of the free memory that "auto" lets a recording have; training and other programs need the rest.
 SHARE = 0.25
 
 
@@ -40,10 +44,9 @@ class ResidentFrames:
         sides = ((), (-2,), (-1,), (-2, -1)) if flipped else ((),)
         self.frames = torch.empty(len(sides) * self.count, *size, dtype=torch.uint8, device=device)
         for start in range(0, self.count, CHUNK):
-            stop = min(start + CHUNK, self.count)
-            part = torch.from_numpy(recording.cut(slice(start, stop), rows, columns)).to(device)
+            part = torch.from_numpy(recording.cut(slice(start, start + CHUNK), rows, columns)).to(device)
             for side, dims in enumerate(sides):
-                self.frames[side * self.count :][start:stop] = part.flip(dims)
+                self.frames[side * self.count + start :][: len(part)] = part.flip(dims)
 
     @staticmethod
     def fits(frames: int, size: tuple[int, int], device: torch.device) -> bool:
@@ -68,3 +71,46 @@ class ResidentFrames:
             ends = ends + self.count * (flips[:, 0] + 2 * flips[:, 1])
         pixels = by_words(self.frames)[ends[:, None] + window].view(torch.uint8)
         return pixels.unflatten(1, (-1, step_frames))
+
+
+class PinnedFrames:
+    """The frames of a recording, resized as its clips are, in memory of the host from which a GPU fetches by itself.
+
+    A clip is one piece of that memory, so nothing is left to do for a processor.
+
+    Args:
+        recording: the frames.
+        rows, columns: which pixels are kept, see :meth:`convlstm_fish.data.recording.Recording.cut`.
+        size: height and width of what is kept.
+    """
+
+    def __init__(
+        self, recording: Recording, rows: slice | np.ndarray, columns: slice | np.ndarray, size: tuple[int, int]
+    ) -> None:
+        self.frames = torch.empty(len(recording), *size, dtype=torch.uint8, pin_memory=True)
+        for start in range(0, len(recording), CHUNK):
+            part = recording.cut(slice(start, start + CHUNK), rows, columns)
+            self.frames[start : start + len(part)] = torch.from_numpy(part)
+
+    @staticmethod
+    def fits(frames: int, size: tuple[int, int], processes: int) -> bool:
+        """Whether the host has room for so many frames, once for each of ``processes`` processes."""
+        return processes * frames * size[0] * size[1] <= SHARE * available_memory()
+
+    def clips(self, ends: Tensor, clip_frames: int, step_frames: int, sender: Sender) -> Tensor:
+        """The clips whose last frames are ``ends`` (N,), on the host: uint8 (N, T, C, H, W) on the sender's GPU."""
+        clips = [self.frames[end + 1 - clip_frames : end + 1] for end in ends.tolist()]
+        return sender.send(clips).unflatten(1, (-1, step_frames))
+
+
+def available_memory(proc: Path = Path("/proc"), control_group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of the host's memory that can still be taken, by this container where there is one; 0 if not known."""
+    room = []
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        lines = (line.split() for line in (proc / "meminfo").read_text().splitlines())
+        room.append(1024 * int({words[0]: words[1] for words in lines}["MemAvailable:"]))
+    with contextlib.suppress(OSError, KeyError, ValueError):  # no file, or no limit ("max")
+        limit, used = (int((control_group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        statistics = dict(line.split() for line in (control_group / "memory.stat").read_text().splitlines())
+        room.append(limit - used + int(statistics["inactive_file"]))
+    return max(0, min(room, default=0))

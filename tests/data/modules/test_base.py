@@ -295,7 +295,7 @@ def test_threads_leave_a_batch_as_it_is(tank: Recording, monkeypatch: pytest.Mon
 
 
 def test_a_frame_that_cannot_be_read_is_told_from_a_thread(tank: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
-    def cut(*_: Any) -> None:
+    def cut(*_: Any, **__: Any) -> None:
         raise UserError("00007.png: is not a readable image")
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from convlstm_fish.data import labels
 from convlstm_fish.data.modules import FishClips
+from convlstm_fish.data.modules.base import batch_of
 from convlstm_fish.data.recording import Recording
 from convlstm_fish.data.recording_writer import RecordingWriter
 from convlstm_fish.errors import UserError
@@ -46,7 +47,7 @@ def test_a_clip_is_the_published_selection_of_pixels(shared: Path, tmp_path: Pat
             writer.append(np.asarray(image))
         writer.finish()
     data = FishClips(str(tmp_path / "fish"), batch_size=1, flips="none")
-    made = data.samples("train").sample(0, 0)["video"]
+    made = batch_of(data.samples("train"), [(0, 0)])["video"][0]
     small = np.stack([np.asarray(image.resize((160, 120), Image.Resampling.NEAREST)) for image in images])
     assert made.shape == data.input_shape == (30, 4, 120, 160)
     np.testing.assert_array_equal(made.numpy().reshape(120, 120, 160), small)
@@ -155,7 +156,7 @@ def test_samples_pickle_without_their_frames(tank: Recording) -> None:
     samples = clips(tank).samples("train")
     again = pickle.loads(pickle.dumps(samples))
     assert len(pickle.dumps(samples)) < 10_000
-    assert torch.equal(again.sample(3, 0)["video"], samples.sample(3, 0)["video"])
+    assert torch.equal(batch_of(again, [3])["video"], batch_of(samples, [3])["video"])
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")

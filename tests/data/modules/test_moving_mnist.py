@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 
 from convlstm_fish.data.digits import drawn_digits
+from convlstm_fish.data.modules.base import batch_of
 from convlstm_fish.data.modules.digit_clips import DigitClips
 from convlstm_fish.data.modules.moving_mnist import MovingMNIST, StoredSequences
 from convlstm_fish.errors import UserError
@@ -136,7 +137,7 @@ def test_standard_test_set(tmp_path: Path) -> None:
     stored = StoredSequences(tmp_path / "MovingMNIST" / "mnist_test_seq.npy", 9)
     pickled = pickle.dumps(stored)
     assert len(pickled) < 1000
-    assert torch.equal(pickle.loads(pickled).sample(8, 0)["frames"], stored.sample(8, 0)["frames"])
+    assert torch.equal(batch_of(pickle.loads(pickled), [8])["frames"], batch_of(stored, [8])["frames"])
     with pytest.raises(UserError, match=r"test_size: .* has 9 sequences, not 10"):
         small(str(tmp_path), test_set="standard", test_size=10).samples("test")
     for name, content in (("absent", None), ("text", b"hello"), ("short", frames.tobytes()[:100])):

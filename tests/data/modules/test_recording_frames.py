@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 
 from convlstm_fish.data.clips import nearest
+from convlstm_fish.data.modules.base import batch_of
 from convlstm_fish.data.modules.recording_frames import RecordingFrames, open_recordings
 from convlstm_fish.data.recording_writer import RecordingWriter
 from convlstm_fish.errors import UserError
@@ -31,8 +32,7 @@ def cut(data: RecordingFrames, split: str, count: int | None = None) -> list[dic
     samples = data.samples(split)
     items = []
     for k in range(len(samples) if count is None else count):
-        item = {key: v[None] if isinstance(v, torch.Tensor) else [v] for key, v in samples.sample(k, 0).items()}
-        items.append(data.on_after_batch_transfer(item, 0))
+        items.append(data.on_after_batch_transfer(batch_of(samples, [(k, 0)]), 0))
     return items
 
 
