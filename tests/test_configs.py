@@ -14,7 +14,7 @@ from convlstm_fish.cli_parser import config_folder
 
 CONFIGS = sorted(config_folder().glob("*.yaml"))
 
-_CLIPS = ["--data.image_size=[24,32]", "--data.clip_stride=50", "--data.eval_stride=40", "--data.num_workers=0"]
+_CLIPS = ["--data.image_size=[24,32]", "--data.clip_stride=50", "--data.eval_stride=40"]
 _TANK = [*_CLIPS, "--batch_size=2", "--data.path={tank}", "--data.simulate=null", "--data.splits=[0.4,0.3,0.3]"]
 _SECOND = ["--data.clip_seconds=1", "--data.horizon_seconds=0.5"]
 _DIGITS = ["--data.train_size=2", "--data.validation_size=2", "--data.test_size=2", "--batch_size=1"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 import weakref
 import zlib
 from collections.abc import Mapping, Sequence
@@ -51,6 +52,7 @@ class Recording:
         self.metadata = dict(metadata or {})
         self._header = dict(header or {})
         self._motion = motion
+        self._threads = threading.local()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None) -> Recording:
@@ -140,22 +142,33 @@ class Recording:
         """
         height, width = self.size
         wanted = range(*frames.indices(len(self)))
+        kept = _chosen(rows, height), _chosen(columns, width)
         if out is None:
-            out = np.empty((len(wanted), len(_chosen(rows, height)), len(_chosen(columns, width))), np.uint8)
+            out = np.empty((len(wanted), *map(len, kept)), np.uint8)
         mapped = isinstance(getattr(self.frames, "base", None), mmap.mmap)
         if not mapped or not hasattr(os, "preadv"):  # as on Windows
             out[...] = self.frames[frames][:, rows][:, :, columns]
             return out
-        together = max(1, min(_READ_BYTES // (height * width), len(wanted))) if wanted.step == 1 else 1
-        piece = np.empty((together, height, width), np.uint8)
+        # All of each frame is read to where it belongs, other pixels are chosen on the way.
+        whole = out.flags.c_contiguous and all(isinstance(p, range) and p == range(n) for p, n in zip(kept, self.size))
+        together = max(1, _READ_BYTES // (height * width)) if wanted.step == 1 else 1
         for at in range(0, len(wanted), together):
-            part = piece[: len(wanted) - at]
-            if os.preadv(self._file, [part.data], store.HEADER_BYTES + wanted[at] * height * width) < part.nbytes:
+            place = out[at : at + together]
+            read = place if whole else self._scratch(together)[: len(place)]
+            if os.preadv(self._file, [read.data], store.HEADER_BYTES + wanted[at] * height * width) < read.nbytes:
                 raise UserError(
-                    f"{self.frames.filename}: ends before frame {wanted[at + len(part) - 1]}; prepare it again"
+                    f"{self.frames.filename}: ends before frame {wanted[at + len(place) - 1]}; prepare it again"
                 )
-            out[at : at + together] = part[:, rows][:, :, columns]
+            if not whole:
+                place[...] = read[:, rows][:, :, columns]
         return out
+
+    def _scratch(self, frames: int) -> npt.NDArray[np.uint8]:
+        """Where this thread reads to; memory that is new each time would cost as much as the reading."""
+        if len(getattr(self._threads, "scratch", ())) < frames:
+            self._threads.scratch = np.empty((frames, *self.size), np.uint8)
+        scratch: npt.NDArray[np.uint8] = self._threads.scratch
+        return scratch[:frames]
 
     @cached_property
     def _file(self) -> int:

@@ -97,6 +97,14 @@ def test_cut_copies_and_gives_the_memory_back(tmp_path: Path) -> None:
     for start in range(0, 3000, 100):
         piece = recording.cut(slice(start, start + 100), slice(1, None, 2), np.array([5, 0, 79]))
         np.testing.assert_array_equal(piece, frames[start : start + 100, 1::2][:, :, [5, 0, 79]])
+        np.testing.assert_array_equal(recording.cut(slice(start, start + 100)), frames[start : start + 100])
+        np.testing.assert_array_equal(
+            recording.cut(slice(start, start + 9, 3), slice(None, None, -1)), frames[start : start + 9 : 3, ::-1]
+        )
+        placed = np.zeros((2, 100, 30, 80), np.uint8)
+        recording.cut(slice(start, start + 100), slice(1, None, 2), out=placed[1])
+        np.testing.assert_array_equal(placed[1], frames[start : start + 100, 1::2])
+        assert not placed[0].any()
     whole = recording.cut(slice(10, 12))
     np.testing.assert_array_equal(whole, frames[10:12])
     whole[:] = 0  # a copy, not the file

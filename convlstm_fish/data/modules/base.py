@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -59,13 +60,16 @@ class Samples(Protocol):
         ...
 
 
-def batch_of(samples: Samples, keys: Sequence[Key], pinned: bool = False) -> Batch:
-    """A batch, its pixels read by threads.
+def batch_of(
+    samples: Samples, keys: Sequence[Key], pinned: bool = False, apply: Callable[..., Iterable[None]] = map
+) -> Batch:
+    """A batch.
 
     Args:
         samples: of which.
         keys: (sample, epoch) as in training; or sample, or -1 for padding, as in evaluation, which adds ``valid``.
         pinned: put the pixels into pinned memory, from which a GPU can fetch them.
+        apply: reads the pixels of the samples; ``map``, or that of an executor whose threads share the work.
     """
 
     def sample(key: Key) -> Batch:
@@ -73,35 +77,44 @@ def batch_of(samples: Samples, keys: Sequence[Key], pinned: bool = False) -> Bat
             return samples.sample(*key)
         return {**samples.sample(max(key, 0), 0), "valid": torch.tensor(key >= 0)}
 
+    batch = collate([sample(key) for key in keys])
     if samples.pixels is None:
-        return collate([sample(key) for key in keys])
+        return batch
     together = torch.empty(len(keys), *samples.pixels.shape, dtype=torch.uint8, pin_memory=pinned)
     indices = [key[0] if isinstance(key, tuple) else max(key, 0) for key in keys]
-    with ThreadPoolExecutor(min(torch.get_num_threads(), len(keys))) as pool:
-        reading = pool.map(samples.pixels.read, indices, together.numpy())
-        batch = collate([sample(key) for key in keys])
-        for _ in reading:  # raises what a thread has raised
-            pass
+    for _ in apply(samples.pixels.read, indices, together.numpy()):
+        pass  # but raise what a thread has raised
     return {samples.pixels.key: together, **batch}
 
 
 class _KeyedDataset(Dataset[Batch]):
-    """Hands the keys of the two orders to :func:`batch_of`."""
+    """Makes batches of the keys of the two orders; outside of loader processes pixels are read by threads."""
 
-    def __init__(self, samples: Samples, pinned: bool) -> None:
-        self.samples, self.pinned = samples, pinned
+    def __init__(self, samples: Samples, pinned: bool, threads: int) -> None:
+        self.samples, self.pinned, self.threads = samples, pinned, threads
 
     def __len__(self) -> int:
         return len(self.samples)
 
+    @cached_property
+    def _readers(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.threads)
+
     def __getitems__(self, keys: list[Key]) -> Batch:
-        return batch_of(self.samples, keys, self.pinned and get_worker_info() is None)  # a loader process has no GPU
+        if get_worker_info() is not None:
+            return batch_of(self.samples, keys)
+        return batch_of(self.samples, keys, self.pinned, self._readers.map)
 
 
 def collate(items: list[Batch]) -> Batch:
     """Stack samples into a batch; seeds stay a list, so that a GPU never has to be asked for them."""
     seeds = {key: [item.pop(key) for item in items] for key in tuple(items[0]) if key.endswith("_seed")}
     return {**default_collate(items), **seeds}
+
+
+def _processors() -> int:
+    """That this process may use; torch's number of threads would be 1 once a loader of its has pinned memory."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _as_it_is(batch: Batch) -> Batch:
@@ -159,7 +172,7 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
 
     Args:
         batch_size: samples per batch and process.
-        num_workers: processes that load; 0 loads in the training process, by threads.
+        num_workers: processes that load; 0 loads in the training process, by threads, which copy less.
         seed: of order and augmentation.
 
     Raises:
@@ -264,10 +277,11 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
                 "Trainer: use_distributed_sampler must be False, this DataModule divides the samples itself"
             )
         samples = self._split(split)
+        beside = 1 if self.trainer is None else self.trainer.num_devices
         # The threads of several processes' talk may hold locks just when a loader process is forked, for good.
         apart = self.num_workers > 0 and self._world() > 1
         common: dict[str, Any] = {
-            "dataset": _KeyedDataset(samples, pinned=self._on_cuda()),
+            "dataset": _KeyedDataset(samples, self._on_cuda(), max(1, _processors() // beside)),
             "num_workers": self.num_workers,
             "pin_memory": self._on_cuda(),
             "persistent_workers": self.num_workers > 0,
@@ -336,12 +350,12 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Bring a batch to the device; to a GPU, its pixels beside the step before."""
-        pixels = {}
+        sent = {}
         if device.type == "cuda":
-            large = [key for key, t in batch.items() if isinstance(t, Tensor) and t.is_pinned() and t.nbytes >= _LARGE]
-            pixels = {key: self._sender(device).send(batch.pop(key)[None])[0] for key in large}
-        moved: Batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        return {**moved, **pixels}
+            large = {k: t for k, t in batch.items() if isinstance(t, Tensor) and t.is_pinned() and t.nbytes >= _LARGE}
+            sent = {key: self._sender(device).send([pixels])[0] for key, pixels in large.items()}
+        rest = {key: value for key, value in batch.items() if key not in sent}
+        return {**super().transfer_batch_to_device(rest, device, dataloader_idx), **sent}
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Turn uint8 pixels into numbers from 0 to 1, on the device where the batch is."""

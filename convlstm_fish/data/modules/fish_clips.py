@@ -126,7 +126,7 @@ class FishClips(ResumableDataModule):
         pixels_on: "device" brings the recording to the GPU once and gathers the clips there; "pinned" brings it into
             pinned memory of the host, from which the GPU fetches clips while it computes; "host" cuts each clip from
             the recording's file and sends it. "auto" takes the first of them that has room, without a GPU "host".
-        num_workers: processes that load; 0 loads in the training process, by threads.
+        num_workers: processes that load; 0 loads in the training process, by threads, which copy less.
         seed: of order and augmentation.
         simulate: options of :func:`convlstm_fish.data.simulate.simulate` (minutes, seed, ...); with them a recording
             that is absent is simulated on first use.

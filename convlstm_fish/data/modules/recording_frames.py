@@ -110,7 +110,7 @@ class RecordingFrames(ResumableDataModule):
         eval_stride: the same for validation, test and prediction.
         flips: "none", "random", or "all" four flips of each training sequence.
         splits: three shares for train, validation and test, instead of each recording's own.
-        num_workers: processes that load; 0 loads in the training process, by threads.
+        num_workers: processes that load; 0 loads in the training process, by threads, which copy less.
         seed: of order and augmentation.
         simulate: options of :func:`convlstm_fish.data.simulate.simulate` (minutes, seed, ...); with them a recording
             that is absent is simulated on first use.

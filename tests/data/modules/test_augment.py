@@ -139,3 +139,10 @@ def test_16_bits_are_rounded_from_32_once(dtype: torch.dtype, options: dict[str,
 def test_wrong_options(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Augmentation(**options)
+
+
+@pytest.mark.parametrize("flips", ["all", "none"])
+def test_what_is_not_drawn_is_as_if_it_were(flips: str) -> None:
+    for index in range(8):
+        drawn, _ = Augmentation(flips, noise=0.1).draw(0, 1, index)
+        assert torch.equal(Augmentation(flips).draw(0, 1, index)[0], drawn)

@@ -286,7 +286,7 @@ def test_seeds_stay_plain_numbers() -> None:
 def test_threads_leave_a_batch_as_it_is(tank: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for threads in (1, 5):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        monkeypatch.setattr("convlstm_fish.data.modules.base._processors", lambda threads=threads: threads)
         data = clips(tank, batch_size=13)
         data.setup("fit")
         found.append([batch for batch, _ in zip(data.train_dataloader(), range(3))])
@@ -298,7 +298,7 @@ def test_a_frame_that_cannot_be_read_is_told_from_a_thread(tank: Recording, monk
     def cut(*_: Any, **__: Any) -> None:
         raise UserError("00007.png: is not a readable image")
 
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr("convlstm_fish.data.modules.base._processors", lambda: 3)
     data = clips(tank)
     data.setup("fit")
     monkeypatch.setattr(Recording, "cut", cut)
