@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from convlstm_fish.ops import batch_norm
+from convlstm_fish.ops import batch_norm, max_pool
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -26,10 +26,10 @@ class BatchNorm2d(nn.BatchNorm2d):
         super().__init__(num_features, *args, **options)
         self.backend = backend
 
-    def forward(self, frames: Tensor) -> Tensor:
-        """See the class."""
+    def forward(self, frames: Tensor, pool_size: int = 1) -> Tensor:
+        """See the class; with ``pool_size`` of frames that are pooled first, as MaxPool2d does."""
         if self.momentum is None or self.running_mean is None or self.num_batches_tracked is None:
-            return super().forward(frames)
+            return super().forward(frames if pool_size == 1 else max_pool(frames, pool_size, backend=self.backend))
         self._check_input_dim(frames)
         if self.training:
             self.num_batches_tracked.add_(1)
@@ -42,5 +42,6 @@ class BatchNorm2d(nn.BatchNorm2d):
             training=self.training,
             momentum=self.momentum,
             eps=self.eps,
+            pool_size=pool_size,
             backend=self.backend,
         )

@@ -168,6 +168,9 @@ class ClipClassifier(nn.Module):
         last = len(self.layers) - 1
         for index, (layer, pool, norm) in enumerate(zip(self.layers, self.pools, self.norms)):
             x, _ = layer(x, None, lengths)
+            if index < last and lengths is None and _go_together(pool, norm):
+                x = norm(x.flatten(0, 1), pool_size=pool.size).unflatten(0, x.shape[:2])
+                continue
             for module in (pool, norm):
                 if not isinstance(module, nn.Identity):
                     x = module(x) if index == last else TimeDistributed.apply_to(module, x, lengths)
@@ -189,6 +192,13 @@ class ClipClassifier(nn.Module):
         cell = _cell(self.layers[0])
         state = cell.sequence(x[:, :-1], return_sequences=False)[1] if x.shape[1] > 1 else None
         return cell.gates(x[:, -1], state)
+
+
+def _go_together(pool: nn.Module, norm: nn.Module) -> bool:
+    """Whether nothing is lost by a pooling inside of the batch norm, which then is one pass over the pixels."""
+    both = isinstance(pool, MaxPool2d) and isinstance(norm, BatchNorm2d)
+    watched = any(module._forward_hooks or module._forward_pre_hooks for module in (pool, norm))
+    return both and not (norm.training or torch.is_grad_enabled() or watched)
 
 
 def _cell(layer: Any) -> ConvLSTMCell:

@@ -259,8 +259,7 @@ def max_pool(frames: Tensor, size: int, *, backend: str = "auto") -> Tensor:
         ValueError: an unknown backend.
         RuntimeError: ``backend="triton"`` on frames that the kernel cannot pool.
     """
-    whole = frames.dim() == 4 and frames.numel() > 0 and 1 <= size <= min(frames.shape[2:])
-    if _takes_kernel(frames, backend, "pool") and whole:  # torch says what is wrong with others
+    if _takes_kernel(frames, backend, "pool") and _has_windows(frames, size):
         from convlstm_fish.ops.triton_kernels import max_pool_triton
 
         return max_pool_triton(frames, size)
@@ -277,9 +276,10 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    pool_size: int = 1,
     backend: str = "auto",
 ) -> Tensor:
-    """torch.nn.functional.batch_norm(frames, ...), for frames between two ConvLSTM layers.
+    """torch.nn.functional.batch_norm(frames, ...), for frames between two ConvLSTM layers, which may be pooled first.
 
     Args:
         frames: (F, C, H, W).
@@ -287,33 +287,43 @@ def batch_norm(
         weight, bias: (C,) or None.
         training: normalise with the frames' own mean and variance, not with the running ones.
         eps: added to the variance.
+        pool_size: of a :func:`max_pool` before it; for inference the two are one launch on a GPU.
         backend: as in :func:`max_pool`.
 
     Returns:
-        (F, C, H, W).
+        (F, C, H // pool_size, W // pool_size).
 
     Raises:
         ValueError: an unknown backend; in training, frames with a single value a channel.
         RuntimeError: ``backend="triton"`` on frames that the kernels cannot normalise.
     """
-    pixels = frames.numel() // frames.shape[1]
     own = training or running_mean is None or running_var is None
     tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (frames, weight, bias))
-    plain = pixels < 2 if own else tracked or torch.compiler.is_compiling()
-    if not _takes_kernel(frames, backend, "normalise") or plain:
-        return F.batch_norm(frames, running_mean, running_var, weight, bias, training, momentum, eps)
-    from convlstm_fish.ops.triton_kernels import batch_norm_triton, scale_triton
+    fixed = not (own or tracked or torch.compiler.is_compiling())
+    if fixed and _has_windows(frames, pool_size) and _takes_kernel(frames, backend, "normalise"):
+        from convlstm_fish.ops.triton_kernels import scale_triton
 
-    if not own:
         a = (running_var.float() + eps).rsqrt() * (1.0 if weight is None else weight.float())  # type: ignore[union-attr]
         b = -running_mean.float() * a + (0.0 if bias is None else bias.float())  # type: ignore[union-attr]
-        return scale_triton(frames, a, b)
+        return scale_triton(frames, a, b, pool_size)
+    if pool_size != 1:
+        frames = max_pool(frames, pool_size, backend=backend)
+    pixels = frames.numel() // frames.shape[1]
+    if not _takes_kernel(frames, backend, "normalise") or not own or pixels < 2:
+        return F.batch_norm(frames, running_mean, running_var, weight, bias, training, momentum, eps)
+    from convlstm_fish.ops.triton_kernels import batch_norm_triton
+
     result, mean, variance = batch_norm_triton(frames, weight, bias, eps)
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((variance * (pixels / (pixels - 1))).to(running_var.dtype), momentum)
     return result
+
+
+def _has_windows(frames: Tensor, size: int) -> bool:
+    """Whether frames can be pooled; torch says what is wrong with others."""
+    return frames.dim() == 4 and frames.numel() > 0 and 1 <= size <= min(frames.shape[2:])
 
 
 def _takes_kernel(frames: Tensor, backend: str, what: str) -> bool:

@@ -24,6 +24,8 @@ def test_values_state_and_gradients_are_those_of_torch(options: dict[str, object
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(ours(frames), judge(frames), rtol=1e-5, atol=1e-5)
+        pooled = nn.functional.max_pool2d(frames, 2)
+        torch.testing.assert_close(ours(frames, pool_size=2), judge(pooled), rtol=1e-5, atol=1e-5)
     for name, value in judge.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-5, atol=1e-6)
 

@@ -41,6 +41,12 @@ def test_is_the_layers_in_their_order() -> None:
     second.return_sequences = False
     expected = F.linear(y.flatten(2).max(2).values, model.classifier.weight, model.classifier.bias)
     assert torch.allclose(model(x), expected, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():  # pool and norm go together
+        assert torch.allclose(model(x), expected, rtol=1e-10, atol=1e-12)
+        seen = []
+        model.pools[0].register_forward_hook(lambda module, args, output: seen.append(output.shape))
+        assert torch.allclose(model(x), expected, rtol=1e-10, atol=1e-12)
+        assert seen == [(8, 4, 5, 6)]
     assert not list(model.norms[0].parameters()), "no scale, no shift"
     assert (norm.eps, norm.momentum) == (1e-3, 0.01)
 

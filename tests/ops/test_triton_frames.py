@@ -53,10 +53,13 @@ def check_norm(device: str, dtype: torch.dtype, tolerance: float, affine: bool, 
         results |= {f"d{k}": g for k, g in enumerate(gradients)}
         with torch.no_grad():
             options["training"] = False
-            if backend is None:
-                results["inference"] = torch.nn.functional.batch_norm(x, *args, **options)
-            else:
-                results["inference"] = batch_norm(x, *args, **options, backend=backend)
+            for size in (1, 2, 3):
+                if backend is None:
+                    pooled = torch.nn.functional.max_pool2d(x, size)
+                    y = torch.nn.functional.batch_norm(pooled, *args, **options)
+                else:
+                    y = batch_norm(x, *args, **options, pool_size=size, backend=backend)
+                results[f"inference, pooled by {size}"] = y
     errors = {
         k: float((found[k].detach().cpu().double() - v.detach()).norm() / v.detach().norm()) for k, v in truth.items()
     }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from convlstm_fish.ops.triton_kernels.launch import cdiv, launch
 from convlstm_fish.ops.triton_kernels.layer import multiprocessors
+from convlstm_fish.ops.triton_kernels.pooling import pooled_and_scaled
 
 _NUMBERS = 2048  # of a program at a time
 
@@ -243,6 +244,11 @@ def batch_norm_triton(
     return y.permute(0, 3, 1, 2), moments[0], moments[1]
 
 
-def scale_triton(frames: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """a ∘ frames + b, with a and b (C,) in float32; no gradient. Frames as in :func:`batch_norm_triton`."""
-    return _affine(frames.permute(0, 2, 3, 1).contiguous(), None, a, b, None).permute(0, 3, 1, 2)
+def scale_triton(frames: Tensor, a: Tensor, b: Tensor, pool_size: int = 1) -> Tensor:
+    """a ∘ frames + b, with a and b (C,) in float32; no gradient. Frames as in :func:`batch_norm_triton`.
+
+    With ``pool_size`` of the frames' maxima over windows of that size, as :func:`max_pool_triton` takes them.
+    """
+    x = frames.permute(0, 2, 3, 1).contiguous()
+    y = _affine(x, None, a, b, None) if pool_size == 1 else pooled_and_scaled(x, pool_size, a, b)
+    return y.permute(0, 3, 1, 2)

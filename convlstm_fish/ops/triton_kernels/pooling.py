@@ -39,15 +39,19 @@ def _window(
 
 @triton.jit
 def pool_forward(
-    x_ptr, out_ptr, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, out_ptr, a_ptr, b_ptr, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr,
+    SCALED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out = max over SIZE x SIZE windows."""
+    """out = max over SIZE x SIZE windows, SCALED per channel: a ∘ max + b."""
     corner, _, _, _, whole, place = _window(H, W, C, SIZE, BLOCK, False)
     source = x_ptr + corner
     best = tl.load(source, mask=whole, other=0.0).to(tl.float32)
     for k in tl.static_range(1, SIZE * SIZE):
         value = tl.load(source + ((k // SIZE) * W + k % SIZE) * C, mask=whole, other=0.0).to(tl.float32)
         best = tl.where((value > best) | (value != value), value, best)  # NaN wins, as in torch
+    if SCALED:
+        ch = place % C
+        best = tl.load(a_ptr + ch) * best + tl.load(b_ptr + ch)
     tl.store(out_ptr + place, best.to(out_ptr.dtype.element_ty), mask=whole)
 
 
@@ -74,14 +78,18 @@ def pool_backward(
         tl.store(target + ((k // SIZE) * W + k % SIZE) * C, value, mask=inside)
 
 
-@torch.library.custom_op("convlstm_fish::max_pool", mutates_args=())
-def _pool(x: Tensor, size: int) -> Tensor:
-    """x (frames, H, W, C) contiguous."""
+def pooled_and_scaled(x: Tensor, size: int, a: Tensor | None, b: Tensor | None) -> Tensor:
+    """The maxima of x (frames, H, W, C) contiguous, times a plus b where those, (C,) in float32, are given."""
     frames, height, width, channels = x.shape
     out = x.new_empty(frames, height // size, width // size, channels)
-    constants = {"H": height, "W": width, "C": channels, "SIZE": size, "BLOCK": 1024}
-    launch(pool_forward, (frames * cdiv(out[0].numel(), 1024),), (x, out), constants, num_warps=4)
+    constants = {"H": height, "W": width, "C": channels, "SIZE": size, "SCALED": a is not None, "BLOCK": 1024}
+    launch(pool_forward, (frames * cdiv(out[0].numel(), 1024),), (x, out, a, b), constants, num_warps=4)
     return out
+
+
+@torch.library.custom_op("convlstm_fish::max_pool", mutates_args=())
+def _pool(x: Tensor, size: int) -> Tensor:
+    return pooled_and_scaled(x, size, None, None)
 
 
 @_pool.register_fake
