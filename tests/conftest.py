@@ -32,7 +32,8 @@ def shared() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the GPU tests where there is no GPU."""
+    """Begin with the longest tests, so that no process is left alone with one; skip the GPU tests without a GPU."""
+    items.sort(key=lambda item: item.get_closest_marker("early") is None)
     if torch.cuda.is_available():
         return
     for item in items:

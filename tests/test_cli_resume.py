@@ -142,12 +142,16 @@ def test_resuming_keeps_the_settings_and_weights_start_anew(
     assert main(["test", "--config", config, "--ckpt_path", "bare.ckpt"]) == 0
 
 
-_TWO = ["--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.accelerator=cpu", "--data.num_workers=1"]
+_TWO = ["--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.accelerator=cpu"]
 
 
-@pytest.mark.parametrize("to_all", [True, False])
-def test_two_processes_stop_together_and_go_on(config: str, tmp_path: Path, to_all: bool) -> None:
+@pytest.mark.early
+@pytest.mark.parametrize(
+    ("to_all", "workers"), [(False, 0), pytest.param(True, 1, marks=pytest.mark.slow)], ids=["one", "all"]
+)
+def test_two_processes_stop_together_and_go_on(config: str, tmp_path: Path, to_all: bool, workers: int) -> None:
     command = [sys.executable, str(ROOT / "main.py"), "--config", config, "--batch_size=4", "--run_dir=two", *_TWO]
+    command.append(f"--data.num_workers={workers}")
     endless = ["--trainer.max_epochs=100000"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(

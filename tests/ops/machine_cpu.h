@@ -1,18 +1,12 @@
-// machine.cuh for the CPU: each CUDA thread is a thread, and what a warp does together goes through memory and a
-// barrier.
+// machine.cuh for the CPU: the CUDA threads of a block take turns, from barrier to barrier, and what a warp does
+// together goes through memory and a barrier.
 // Copies happen at once, so that this tells nothing of races; it does of every index.
-#include <barrier>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <mutex>
-#include <thread>
-#include <tuple>
-#include <utility>
-#include <vector>
+// It is compiled for every kernel, hence C's headers, which take a tenth of the time of C++'s.
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -23,7 +17,7 @@ typedef long long i64;
 #define KERNEL(THREADS, PROGRAMS) void
 
 struct Index { int x, y; };
-thread_local Index threadIdx, blockIdx, gridDim;
+Index threadIdx, blockIdx, gridDim;
 
 struct float4 { float x, y, z, w; };
 struct float2 { float x, y; };
@@ -33,31 +27,80 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint2 __ldcs(const uint2* from) { return *from; }
 inline void __stcs(uint2* to, uint2 value) { *to = value; }
-using std::min;
+template <class T> inline T min(T x, T y) { return y < x ? y : x; }
 inline float __fdividef(float a, float b) { return a / b; }
+inline float fmaf(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline float fabsf(float x) { return __builtin_fabsf(x); }
 
 constexpr u32 SHARED_BYTES = 227 << 10;
 alignas(128) unsigned char shared_memory[SHARED_BYTES];
-// A barrier of so many threads, made when the first of them comes.
-struct Barrier {
-    std::mutex lock;
-    std::unique_ptr<std::barrier<>> made;
-    std::barrier<>& at(int count) {
-        std::lock_guard<std::mutex> held(lock);
-        if (!made) made = std::make_unique<std::barrier<>>(count);
-        return *made;
-    }
-};
-Barrier waiting[16];
-std::vector<std::unique_ptr<std::barrier<>>> warps;
-u32 exchange[32][32][4];
 
 inline void check(bool good, const char* what) {
     if (good) return;
-    std::fprintf(stderr, "emulated kernel: %s is wrong\n", what);
-    std::abort();
+    fprintf(stderr, "emulated kernel: %s is wrong\n", what);
+    abort();
 }
-inline std::barrier<>& own_warp() { return *warps[threadIdx.x / 32]; }
+
+// The threads of a block, of which one runs.
+constexpr int MOST_THREADS = 1024;
+struct Threads {
+    static constexpr size_t STACK_BYTES = 256 << 10;
+    ucontext_t contexts[MOST_THREADS], outside;
+    bool done[MOST_THREADS];
+    char* stacks = (char*)malloc(MOST_THREADS * STACK_BYTES);  // taken as far as they are used
+    int count, running, left, idle;                            // idle: turns since one came to a barrier or its end
+
+    int next() const {
+        int thread = running;
+        do thread = (thread + 1) % count;
+        while (done[thread]);
+        return thread;
+    }
+    void yield() {
+        check(++idle <= left + 1, "a barrier that some threads never come to");
+        int from = running;
+        threadIdx.x = running = next();
+        if (running != from) swapcontext(&contexts[from], &contexts[running]);
+    }
+    void run(int threads, void (*thread)()) {
+        check(threads <= MOST_THREADS, "the number of threads");
+        for (int t = 0; t < threads; t++) {
+            done[t] = false;
+            getcontext(&contexts[t]);
+            contexts[t].uc_stack.ss_sp = stacks + t * STACK_BYTES;
+            contexts[t].uc_stack.ss_size = STACK_BYTES;
+            makecontext(&contexts[t], thread, 0);
+        }
+        threadIdx.x = running = idle = 0, count = left = threads;
+        swapcontext(&outside, &contexts[0]);
+    }
+    void end() {
+        done[running] = true, idle = 0;
+        if (--left == 0) setcontext(&outside);
+        threadIdx.x = running = next();
+        setcontext(&contexts[running]);
+    }
+};
+Threads block;
+
+struct Barrier {
+    int count = 0, arrived = 0;
+    unsigned phase = 0;
+    void arrive(int threads) {
+        check(count == 0 || count == threads, "the number of threads at a barrier");
+        count = threads, block.idle = 0;
+        if (++arrived == count) arrived = 0, phase++;
+    }
+    void arrive_and_wait(int threads) {
+        unsigned mine = phase;
+        arrive(threads);
+        while (phase == mine) block.yield();
+    }
+};
+Barrier waiting[16], warps[32];
+u32 exchange[32][32][4];
+
+inline void meet_warp() { warps[threadIdx.x / 32].arrive_and_wait(32); }
 inline u32 (&own_exchange())[32][4] { return exchange[threadIdx.x / 32]; }
 inline unsigned char* at(u32 address) {
     check(address < SHARED_BYTES, "an address in shared memory");
@@ -68,35 +111,35 @@ inline u32 shared_base() { return 0; }
 inline void copy(u32 to, const void* from, int bytes, bool exists) {
     check(to % bytes == 0 && (u64)from % bytes == 0 && to + bytes <= SHARED_BYTES, "a copy");
     if (exists)
-        std::memcpy(at(to), from, bytes);
+        memcpy(at(to), from, bytes);
     else
-        std::memset(at(to), 0, bytes);
+        memset(at(to), 0, bytes);
 }
 inline void copy16(u32 to, const void* from, bool exists) { copy(to, from, 16, exists); }
 inline void copy8(u32 to, const void* from, bool exists) { copy(to, from, 8, exists); }
 inline void end_copies() {}
 template <int COUNT, int PENDING> inline void wait_for_copies(int barrier) {
-    waiting[barrier].at(COUNT).arrive_and_wait();
+    waiting[barrier].arrive_and_wait(COUNT);
 }
-template <int COUNT> inline void meet(int barrier) { waiting[barrier].at(COUNT).arrive_and_wait(); }
-template <int COUNT> inline void tell(int barrier) { (void)waiting[barrier].at(COUNT).arrive(); }
+template <int COUNT> inline void meet(int barrier) { waiting[barrier].arrive_and_wait(COUNT); }
+template <int COUNT> inline void tell(int barrier) { waiting[barrier].arrive(COUNT); }
 inline void begin_products() {}
 template <int PENDING = 0> inline void end_products() {}
 inline void finish_products() {}
 inline float at_most(float x, float bound) { return x > bound ? bound : x; }
 inline float at_least(float x, float bound) { return x < bound ? bound : x; }
-inline float fast_tanh(float x) { return std::tanh(x); }
-inline float fast_exp2(float x) { return std::exp2(x); }
+inline float fast_tanh(float x) { return __builtin_tanhf(x); }
+inline float fast_exp2(float x) { return __builtin_exp2f(x); }
 
 inline float unpack(u16 x) {
 #if HALF
     _Float16 y;
-    std::memcpy(&y, &x, 2);
+    memcpy(&y, &x, 2);
     return (float)y;
 #else
     u32 bits = (u32)x << 16;
     float y;
-    std::memcpy(&y, &bits, 4);
+    memcpy(&y, &bits, 4);
     return y;
 #endif
 }
@@ -104,11 +147,11 @@ inline u16 round(float x) {
 #if HALF
     _Float16 y = (_Float16)x;
     u16 bits;
-    std::memcpy(&bits, &y, 2);
+    memcpy(&bits, &y, 2);
     return bits;
 #else
     u32 bits;
-    std::memcpy(&bits, &x, 4);
+    memcpy(&bits, &x, 4);
     return (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 #endif
 }
@@ -118,27 +161,27 @@ inline int uniform(int x) { return x; }
 
 inline float across(float x, int lanes) {
     int lane = threadIdx.x % 32;
-    std::memcpy(&own_exchange()[lane][0], &x, 4);
-    own_warp().arrive_and_wait();
-    std::memcpy(&x, &own_exchange()[lane ^ lanes][0], 4);
-    own_warp().arrive_and_wait();
+    memcpy(&own_exchange()[lane][0], &x, 4);
+    meet_warp();
+    memcpy(&x, &own_exchange()[lane ^ lanes][0], 4);
+    meet_warp();
     return x;
 }
 
 inline void load_transposed(u32 (&a)[4], u32 from) {
     int lane = threadIdx.x % 32;
     own_exchange()[lane][0] = from;
-    own_warp().arrive_and_wait();
+    meet_warp();
     for (int matrix = 0; matrix < 4; matrix++) {
         u32 both = 0;
         for (int i = 0; i < 2; i++) {
             u16 x;
-            std::memcpy(&x, at(own_exchange()[matrix * 8 + lane % 4 * 2 + i][0]) + lane / 4 * 2, 2);
+            memcpy(&x, at(own_exchange()[matrix * 8 + lane % 4 * 2 + i][0]) + lane / 4 * 2, 2);
             both |= (u32)x << (16 * i);
         }
         a[matrix] = both;
     }
-    own_warp().arrive_and_wait();
+    meet_warp();
 }
 
 struct Matrix {
@@ -154,7 +197,7 @@ struct Matrix {
     }
     static float get(u32 address) {
         u16 x;
-        std::memcpy(&x, at(address), 2);
+        memcpy(&x, at(address), 2);
         return unpack(x);
     }
 };
@@ -171,8 +214,8 @@ template <int N> struct Product {
     }
     static void add_transposed(float (&d)[N / 2], const u32 (&a)[4], u64 b) {
         int lane = threadIdx.x % 32;
-        std::memcpy(own_exchange()[lane], a, 16);
-        own_warp().arrive_and_wait();
+        memcpy(own_exchange()[lane], a, 16);
+        meet_warp();
         for (int i = 0; i < N / 2; i++) {
             int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
             for (int k = 0; k < 16; k++) {
@@ -180,27 +223,38 @@ template <int N> struct Product {
                 d[i] += unpack((u16)(both >> (k % 2 * 16))) * Matrix(b).across(column, k);
             }
         }
-        own_warp().arrive_and_wait();
+        meet_warp();
     }
 };
 
-template <class... A, size_t... I>
-void run(void (*kernel)(A...), int grid_x, int grid_y, int threads, void** args, std::index_sequence<I...>) {
+// The I-th of a kernel's arguments.
+template <int I, class A, class... Rest> inline auto& argument(void** args) {
+    if constexpr (I == 0)
+        return *(A*)*args;
+    else
+        return argument<I - 1, Rest...>(args + 1);
+}
+template <int... I> struct Numbers {};
+template <int N, int... I> struct UpTo : UpTo<N - 1, N - 1, I...> {};
+template <int... I> struct UpTo<0, I...> { using Type = Numbers<I...>; };
+
+template <class... A> struct Launch {
+    static inline void (*kernel)(A...);
+    static inline void** args;
+    template <int... I> static void call(Numbers<I...>) { kernel(argument<I, A...>(args)...); }
+    static void thread() {
+        call(typename UpTo<sizeof...(A)>::Type());
+        block.end();
+    }
+};
+template <class... A> void run(void (*kernel)(A...), int grid_x, int grid_y, int threads, void** args) {
+    Launch<A...>::kernel = kernel, Launch<A...>::args = args;
     for (int y = 0; y < grid_y; y++)
         for (int x = 0; x < grid_x; x++) {
-            std::memset(shared_memory, 0xff, SHARED_BYTES);  // not a number, in either 16-bit format
-            for (Barrier& barrier : waiting) barrier.made.reset();
-            warps.clear();
-            for (int w = 0; w < threads / 32; w++) warps.push_back(std::make_unique<std::barrier<>>(32));
-            std::vector<std::thread> all;
-            for (int t = 0; t < threads; t++)
-                all.emplace_back([=] {
-                    threadIdx = {t, 0}, blockIdx = {x, y}, gridDim = {grid_x, grid_y};
-                    kernel(*(A*)args[I]...);
-                });
-            for (auto& thread : all) thread.join();
+            memset(shared_memory, 0xff, SHARED_BYTES);  // not a number, in either 16-bit format
+            for (Barrier& barrier : waiting) barrier = {};
+            for (Barrier& barrier : warps) barrier = {};
+            blockIdx = {x, y}, gridDim = {grid_x, grid_y};
+            block.run(threads, Launch<A...>::thread);
         }
-}
-template <class... A> void run(void (*kernel)(A...), int grid_x, int grid_y, int threads, void** args) {
-    run(kernel, grid_x, grid_y, threads, args, std::index_sequence_for<A...>());
 }

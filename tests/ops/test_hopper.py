@@ -59,7 +59,7 @@ class Emulated:
         source = folder / f"{name}{len(list(folder.iterdir()))}.cpp"
         source.write_text(text)
         library = source.with_suffix(".so")
-        command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", str(source), "-o", str(library)]
+        command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", str(source), "-o", str(library)]
         subprocess.run(command, check=True)
         self.start = ctypes.CDLL(str(library)).start
         self.arguments, self.threads = compiled.Arguments(signature), threads

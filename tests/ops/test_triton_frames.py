@@ -22,6 +22,7 @@ if importlib.util.find_spec("triton") is None:
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}  # relative, in the Frobenius norm
 
 
+@pytest.mark.early
 @not_interpreted
 def test_the_interpreter_in_a_process_of_its_own(interpret: Callable[[str], None]) -> None:
     interpret(__file__)

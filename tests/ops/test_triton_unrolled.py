@@ -31,6 +31,7 @@ UNROLLED = {
 }
 
 
+@pytest.mark.early
 @not_interpreted
 def test_the_interpreter_in_a_process_of_its_own(interpret: Callable[[str], None]) -> None:
     interpret(__file__)

@@ -80,6 +80,7 @@ def compare(
             assert relative_error(ours, theirs.double()) < TOLERANCE["float32"]
 
 
+@pytest.mark.early
 @not_interpreted
 def test_the_interpreter_in_a_process_of_its_own(interpret: Callable[[str], None]) -> None:
     interpret(__file__)
