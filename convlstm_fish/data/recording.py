@@ -155,13 +155,23 @@ class Recording:
         for at in range(0, len(wanted), together):
             place = out[at : at + together]
             read = place if whole else self._scratch(together)[: len(place)]
-            if os.preadv(self._file, [read.data], store.HEADER_BYTES + wanted[at] * height * width) < read.nbytes:
+            if not self._fill(read, store.HEADER_BYTES + wanted[at] * height * width):
                 raise UserError(
                     f"{self.frames.filename}: ends before frame {wanted[at + len(place) - 1]}; prepare it again"
                 )
             if not whole:
                 place[...] = read[:, rows][:, :, columns]
         return out
+
+    def _fill(self, frames: npt.NDArray[np.uint8], start: int) -> bool:
+        """Read contiguous frames from a byte of the file on; False where it ends before."""
+        rest = frames.data.cast("B")
+        while len(rest):
+            count = os.preadv(self._file, [rest], start)
+            if count == 0:
+                return False
+            rest, start = rest[count:], start + count
+        return True
 
     def _scratch(self, frames: int) -> npt.NDArray[np.uint8]:
         """Where this thread reads to; memory that is new each time would cost as much as the reading."""

@@ -111,6 +111,15 @@ def test_cut_copies_and_gives_the_memory_back(tmp_path: Path) -> None:
     assert resident() - before < 4000  # of 14,400 kB
 
 
+@pytest.mark.skipif(not hasattr(os, "preadv"), reason="needs preadv")
+def test_a_file_system_that_reads_by_little_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = some_frames(50, 60, 80)
+    recording, preadv = write(tmp_path / "tank", frames), os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, into, at: preadv(file, [into[0][:1000]], at))
+    np.testing.assert_array_equal(recording.cut(slice(0, 50)), frames)
+    np.testing.assert_array_equal(recording.cut(slice(3, 50), slice(0, 9)), frames[3:, :9])
+
+
 def test_a_file_that_becomes_shorter_while_it_is_read_is_named(tmp_path: Path) -> None:
     recording = write(tmp_path / "tank", some_frames(50))
     os.truncate(tmp_path / "tank" / "frames.npy", 128 + 20 * math.prod(recording.size))

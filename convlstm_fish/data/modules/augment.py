@@ -55,13 +55,13 @@ class Augmentation:
         return 4 if self.flips == "all" else 1
 
     @property
-    def _is_the_same_always(self) -> bool:
-        """Nothing is drawn, which saves most of the time that a clip without pixels takes."""
+    def _draws_nothing(self) -> bool:
+        """Whether all numbers are known; not to draw saves most of the time that a clip without pixels takes."""
         return self.flips != "random" and not (self.brightness or self.contrast or self.noise or self.shift)
 
     def draw(self, seed: int, epoch: int, index: int) -> tuple[Tensor, int]:
         """The numbers for one sample: ``COLUMNS`` as float32 (6,), and a seed for its noise."""
-        if self._is_the_same_always:
+        if self._draws_nothing:
             flip = index % self.copies
             return torch.tensor([flip & 1, flip >> 1, 0, 0, 1, 1], dtype=torch.float32), 0
         generator = augmentation_generator(seed, epoch, index)

@@ -341,7 +341,7 @@ class FishClips(ResumableDataModule):
     # -- on the device -------------------------------------------------------------------------------------------
 
     def _pixels_lie_on(self) -> str:
-        """ "device", "pinned" or "host"."""
+        """One of PIXELS_ON, but for "auto"."""
         if not self._on_cuda():  # whose memory there is
             return "device" if self.pixels_on in ("device", "pinned") else "host"
         if self.pixels_on != "auto":
