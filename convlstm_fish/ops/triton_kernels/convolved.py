@@ -13,10 +13,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from convlstm_fish.ops.triton_kernels.launch import Variants, cdiv, launch
-from convlstm_fish.ops.triton_kernels.layer import Layer, pack, peephole_kind
+from convlstm_fish.ops.triton_kernels.layer import Layer, pack_weight, peephole_kind
 from convlstm_fish.ops.triton_kernels.pointwise import copy_pixels, update_gradients, update_state
 from convlstm_fish.ops.triton_kernels.sums import ImageWeight, WeightSums, image_weight, write_image_gradient
 from convlstm_fish.ops.triton_kernels.transpose import channels_first
@@ -68,7 +69,7 @@ def copy_into(target: Tensor, source: Tensor) -> None:
         target.data.copy_(source)
         return
     *steps, clips, height, width, channels = target.shape
-    columns = 1 << (channels - 1).bit_length()
+    columns = triton.next_power_of_2(channels)
     rows = max(1, 4096 // columns)
     constants: dict[str, Any] = {
         "FROM": source.stride(-2), "TO": target.stride(-2), "PIXELS": height * width, "C": channels, "BM": rows,
@@ -115,7 +116,7 @@ class Convolved:
         """W_ih as the launch reads it that adds its convolution."""
         if self.direct:
             return self.weight_ih.detach().to(self.layer.dtype).permute(2, 3, 1, 0).contiguous()
-        return pack(self.weight_ih, self.layer, 16, _FORWARD[1], False)
+        return pack_weight(self.weight_ih, self.layer, 16, _FORWARD[1], False)
 
     @cached_property
     def _image_x(self) -> ImageWeight:

@@ -124,7 +124,9 @@ def tile_count(size: tuple[int, int], pixels: int, patch: int, halo: int = 0) ->
     return cdiv(size[0], pixels // patch) * cdiv(size[1], patch - 2 * halo)
 
 
-def pack(weight: Tensor, layer: Layer, rows: int, block: int, transposed: bool, side_by_side: bool = False) -> Tensor:
+def pack_weight(
+    weight: Tensor, layer: Layer, rows: int, block: int, transposed: bool, side_by_side: bool = False
+) -> Tensor:
     """The weight (or bias) as the matrix that a kernel reads ``rows`` rows and ``block`` channels at a time.
 
     ``transposed`` for the adjoint; with the three taps of a row ``side_by_side`` for one that shifts.

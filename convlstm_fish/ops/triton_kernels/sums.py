@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convlstm_fish.ops.triton_kernels.gradients import image_gradient, weight_gradients
 from convlstm_fish.ops.triton_kernels.launch import cdiv, launch
-from convlstm_fish.ops.triton_kernels.layer import Layer, can_shift, multiprocessors, pack, tile_count
+from convlstm_fish.ops.triton_kernels.layer import Layer, can_shift, multiprocessors, pack_weight, tile_count
 from convlstm_fish.ops.triton_kernels.tuning import Tile, choose_image, round_channels
 
 # Programs that share the sum of a weight's gradient: as many as the larger GPUs run at a time. Each portion of it has
@@ -112,7 +112,7 @@ def image_weight(layer: Layer, weight: Tensor, tile: Tile | None, geometry: dict
     kernel = (weight.shape[2], weight.shape[3])
     if tile.halo and not can_shift(kernel, geometry):
         tile = tile._replace(halo=0, patch=0)
-    packed = pack(weight, layer, tile.rows_back, tile.channels, True, tile.halo > 0)
+    packed = pack_weight(weight, layer, tile.rows_back, tile.channels, True, tile.halo > 0)
     return ImageWeight(packed, kernel, geometry, tile)
 
 

@@ -12,7 +12,7 @@ from convlstm_fish.ops.hopper_kernels.plan import Shape, covers
 from convlstm_fish.ops.hopper_kernels.steps import Steps, Sums
 from convlstm_fish.ops.triton_kernels import convolved
 from convlstm_fish.ops.triton_kernels.convolved import Convolved, ConvolvedSums
-from convlstm_fish.ops.triton_kernels.layer import Layer, multiprocessors, pack, peephole_kind
+from convlstm_fish.ops.triton_kernels.layer import Layer, multiprocessors, pack_weight, peephole_kind
 from convlstm_fish.ops.triton_kernels.sums import ImageWeight, WeightSums, image_weight
 from convlstm_fish.ops.triton_kernels.tuning import Tile
 
@@ -78,16 +78,16 @@ class Weights:
 
     def _gates(self, tile: Tile) -> tuple[Tensor, Tensor, Tensor | None]:
         return (
-            pack(self.weight_ih, self.layer, tile.rows_x, tile.channels, False),
-            pack(self.weight_hh, self.layer, tile.rows, tile.channels, False),
-            None if self.bias is None else pack(self.bias, self.layer, 1, tile.channels, False),
+            pack_weight(self.weight_ih, self.layer, tile.rows_x, tile.channels, False),
+            pack_weight(self.weight_hh, self.layer, tile.rows, tile.channels, False),
+            None if self.bias is None else pack_weight(self.bias, self.layer, 1, tile.channels, False),
         )
 
     @cached_property
     def adjoint(self) -> Tensor:
         """W_hh for the adjoint in the backward step."""
         tile = self.layer.tiles.backward
-        return pack(self.weight_hh, self.layer, tile.rows_back, tile.channels, True, self.layer.halo > 0)
+        return pack_weight(self.weight_hh, self.layer, tile.rows_back, tile.channels, True, self.layer.halo > 0)
 
     @cached_property
     def image_x(self) -> ImageWeight:
