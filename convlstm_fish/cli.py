@@ -50,6 +50,7 @@ def main(args: Sequence[str] | None = None) -> int:
         The exit code: 0; 2 after an error told in one line; 128 plus a signal's number where one ended the training.
     """
     arguments = list(sys.argv[1:] if args is None else args)
+    as_before, warnings.formatwarning = warnings.formatwarning, _format_warning
     try:
         if arguments and arguments[0] in ("-h", "--help"):
             print(_help())
@@ -71,6 +72,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return 130
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    finally:
+        warnings.formatwarning = as_before
     return 0
 
 
@@ -81,6 +84,13 @@ def _run_command(name: str, args: list[str]) -> None:
     parser = CommandParser(prog=f"main.py {name}", description=module.HELP)
     module.add_arguments(parser)
     module.run(parser.parse_args(args))
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """In one line; the line of code that warns helps nobody who runs an experiment."""
+    return f"warning: {' '.join(str(message).split())}\n"
 
 
 def _fail(message: str) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +173,16 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_clips(
     assert len(error.split("clips ")[1].split(", ")) == 8
     assert error.count("\n") == 1
     assert not list((tmp_path / "runs").rglob("*.ckpt"))
+
+
+def test_a_warning_is_one_line_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def command(*_: Any) -> None:
+        warnings.showwarning("mind\nthe gap", UserWarning, "module.py", 3, sys.stdout)
+
+    monkeypatch.setattr("convlstm_fish.cli._run_command", command)
+    # as Python does it, not as pytest, which keeps warnings
+    monkeypatch.setattr(warnings, "showwarning", lambda *args: sys.stdout.write(warnings.formatwarning(*args[:4])))
+    before = warnings.formatwarning
+    assert main(["prepare"]) == 0
+    assert capsys.readouterr().out == "warning: mind the gap\n"
+    assert warnings.formatwarning is before
