@@ -19,7 +19,7 @@ usage: main.py [fit] [--config FILE] [options]       train; without a config, th
 Train and use:
   fit           Train a network. A run folder, runs/NAME/version_K, gets checkpoints, config and TensorBoard files.
   validate      Score a checkpoint on the validation split.
-  test          Score a checkpoint on the test split: table, report.html, metrics.json, predictions.csv.
+  test          Score a checkpoint on the test split: table, report.html, metrics.json, test_predictions.csv.
   predict       Probability for every frame of a recording: predictions.csv; or the next frames: predictions.npz.
 
 Options of all four (fit --help lists every one, fit --model.help=CLASS and --data.help=CLASS those of a class):

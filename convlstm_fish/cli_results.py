@@ -36,8 +36,8 @@ def write_test(
 ) -> None:
     """Print the table of a test, and write metrics.json and what else the task has.
 
-    A yes-or-no question about a recording gets the panel of baselines, report.html and predictions.csv; several
-    classes get predictions.csv.
+    A yes-or-no question about a recording gets the panel of baselines, report.html and test_predictions.csv;
+    several classes get test_predictions.csv.
 
     Args:
         task: after its test.
@@ -49,7 +49,9 @@ def write_test(
     if isinstance(task, ClipClassification):
         said = task.predictions
         fps = datamodule.fps if isinstance(datamodule, FishClips) else None
-        write_text(folder / "predictions.csv", predictions_csv(said["index"], said["probability"], fps, said["label"]))
+        write_text(
+            folder / "test_predictions.csv", predictions_csv(said["index"], said["probability"], fps, said["label"])
+        )
         if isinstance(datamodule, FishClips) and said["probability"].ndim == 1:
             result = evaluate_recording(
                 datamodule.recording,

@@ -35,7 +35,7 @@ def test_fit_test_validate_predict(config: str, tmp_path: Path, capsys: pytest.C
     run = tmp_path / "runs" / "tiny" / "version_0"
     written = {p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file()}
     assert {
-        *("config.yaml", "metrics.json", "predictions.csv", "report.html"),
+        *("config.yaml", "metrics.json", "test_predictions.csv", "report.html"),
         *("checkpoints/best.ckpt", "checkpoints/last.ckpt"),
     } <= written
     output = capsys.readouterr()
@@ -56,6 +56,8 @@ def test_fit_test_validate_predict(config: str, tmp_path: Path, capsys: pytest.C
     assert main(["validate", "--ckpt_path", str(run.parent)]) == 0
     assert '"val/loss"' in capsys.readouterr().out
     assert main(["predict", "--config", config, "--data.predict_split=validation"]) == 0
+    with open(run / "test_predictions.csv", newline="") as file:
+        assert "label" in next(csv.reader(file)), "what the test wrote is still there"
     with open(run / "predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["frame", "time_s", "probability"]

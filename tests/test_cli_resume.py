@@ -190,7 +190,7 @@ def test_two_processes_stop_together_and_go_on(config: str, tmp_path: Path, to_a
     )
     assert done.returncode == 0, done.stderr
     assert load_checkpoint(last)["global_step"] == stopped + 3
-    with open(tmp_path / "two/version_0/predictions.csv") as file:
+    with open(tmp_path / "two/version_0/test_predictions.csv") as file:
         frames = [int(row["frame"]) for row in csv.DictReader(file)]
     assert frames == sorted(set(frames))
     assert len(frames) > 10
