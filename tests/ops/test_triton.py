@@ -233,7 +233,7 @@ def test_second_derivative_and_transforms_are_refused() -> None:
         return conv_lstm(x, None, a["weight_ih"], a["weight_hh"], backend="triton")[0].square().sum()
 
     (first,) = torch.autograd.grad(total(a["x"]), a["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"second derivative|backward"):
+    with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(first.sum(), a["x"])
     with pytest.raises(RuntimeError, match=r"torch\.func"):
         torch.func.grad(total)(a["x"].detach())
