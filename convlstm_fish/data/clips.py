@@ -6,6 +6,7 @@ speaks of ``t + 1 .. t + horizon``. Ranges are half-open and windows stay inside
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -81,6 +82,13 @@ def as_slice(indices: Indices) -> slice | Indices:
         step = int(steps[0]) if len(steps) else 1
         return slice(int(indices[0]), int(indices[-1]) + 1, step)
     return indices
+
+
+@functools.cache
+def kept_pixels(source: tuple[int, int], target: tuple[int, int]) -> tuple[slice | Indices, slice | Indices]:
+    """Rows and columns that remain of frames of size ``source`` when they are resized to ``target``."""
+    rows, columns = (as_slice(nearest(before, after)) for before, after in zip(source, target))
+    return rows, columns
 
 
 def _shortest(frames: int, shares: Sequence[float]) -> int:

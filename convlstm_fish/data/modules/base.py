@@ -72,19 +72,16 @@ def batch_of(
         apply: reads the pixels of the samples; ``map``, or that of an executor whose threads share the work.
     """
 
-    def sample(key: Key) -> Batch:
-        if isinstance(key, tuple):
-            return samples.sample(*key)
-        return {**samples.sample(max(key, 0), 0), "valid": torch.tensor(key >= 0)}
-
-    batch = collate([sample(key) for key in keys])
-    if samples.pixels is None:
-        return batch
-    together = torch.empty(len(keys), *samples.pixels.shape, dtype=torch.uint8, pin_memory=pinned)
-    indices = [key[0] if isinstance(key, tuple) else max(key, 0) for key in keys]
-    for _ in apply(samples.pixels.read, indices, together.numpy()):
-        pass  # but raise what a thread has raised
-    return {samples.pixels.key: together, **batch}
+    pairs = [key if isinstance(key, tuple) else (max(key, 0), 0) for key in keys]
+    batch = collate([samples.sample(*pair) for pair in pairs])
+    if not isinstance(keys[0], tuple):
+        batch["valid"] = torch.tensor([key >= 0 for key in keys])  # type: ignore[operator]
+    pixels = samples.pixels
+    if pixels is not None:
+        together = torch.empty(len(keys), *pixels.shape, dtype=torch.uint8, pin_memory=pinned)
+        list(apply(pixels.read, [index for index, _ in pairs], together.numpy()))  # raises what a thread has raised
+        batch[pixels.key] = together
+    return batch
 
 
 class _KeyedDataset(Dataset[Batch]):
@@ -262,6 +259,9 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
     def _rank(self) -> int:
         return 0 if self.trainer is None else int(self.trainer.global_rank)
 
+    def _local_processes(self) -> int:
+        return 1 if self.trainer is None else self.trainer.num_devices
+
     def _on_cuda(self) -> bool:
         return torch.cuda.is_available() and (self.trainer is None or self.trainer.strategy.root_device.type == "cuda")
 
@@ -277,11 +277,10 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
                 "Trainer: use_distributed_sampler must be False, this DataModule divides the samples itself"
             )
         samples = self._split(split)
-        beside = 1 if self.trainer is None else self.trainer.num_devices
         # The threads of several processes' talk may hold locks just when a loader process is forked, for good.
         apart = self.num_workers > 0 and self._world() > 1
         common: dict[str, Any] = {
-            "dataset": _KeyedDataset(samples, self._on_cuda(), max(1, _processors() // beside)),
+            "dataset": _KeyedDataset(samples, self._on_cuda(), max(1, _processors() // self._local_processes())),
             "num_workers": self.num_workers,
             "pin_memory": self._on_cuda(),
             "persistent_workers": self.num_workers > 0,

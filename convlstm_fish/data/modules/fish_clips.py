@@ -58,7 +58,7 @@ class ClipSamples:
         self.augmentation, self.seed = augmentation, seed
         shape = clip_frames // step_frames, step_frames, *image_size
         self.pixels = Pixels("video", shape, self.read) if with_pixels else None
-        self._rows, self._columns = _kept_pixels(recording, image_size)
+        self._rows, self._columns = clips.kept_pixels(recording.size, image_size)
 
     def __len__(self) -> int:
         return len(self.ends) * (1 if self.augmentation is None else self.augmentation.copies)
@@ -85,12 +85,6 @@ class ClipSamples:
         if self.augmentation is not None:
             item["augmentation"], item["noise_seed"] = self.augmentation.draw(self.seed, epoch, index)
         return item
-
-
-def _kept_pixels(recording: Recording, size: tuple[int, int]) -> tuple[Any, Any]:
-    """Rows and columns that remain of a recording's frames when they are resized to ``size``."""
-    height, width = recording.size
-    return clips.as_slice(clips.nearest(height, size[0])), clips.as_slice(clips.nearest(width, size[1]))
 
 
 class FishClips(ResumableDataModule):
@@ -352,12 +346,12 @@ class FishClips(ResumableDataModule):
         device = torch.device("cuda") if self.trainer is None else self.trainer.strategy.root_device
         if ResidentFrames.fits(len(self.recording), self.image_size, device):
             return "device"
-        beside = 1 if self.trainer is None else self.trainer.num_devices
-        return "pinned" if PinnedFrames.fits(len(self.recording), self.image_size, beside) else "host"
+        roomy = PinnedFrames.fits(len(self.recording), self.image_size, self._local_processes())
+        return "pinned" if roomy else "host"
 
     def _frames_on(self, device: torch.device) -> ResidentFrames:
         if self._resident is None or self._resident.frames.device != device:
-            kept = _kept_pixels(self.recording, self.image_size)
+            kept = clips.kept_pixels(self.recording.size, self.image_size)
             flipped = self.augmentation.flips != "none"
             flipped = flipped and ResidentFrames.fits(4 * len(self.recording), self.image_size, device)
             self._resident = ResidentFrames(self.recording, *kept, self.image_size, device, flipped)
@@ -369,7 +363,7 @@ class FishClips(ResumableDataModule):
         if "video" not in moved and device.type == "cuda" and self._pixels_lie_on() == "pinned":
             if self._pinned is None:
                 self._pinned = PinnedFrames(
-                    self.recording, *_kept_pixels(self.recording, self.image_size), self.image_size
+                    self.recording, *clips.kept_pixels(self.recording.size, self.image_size), self.image_size
                 )
             sender = self._sender(device)
             moved["video"] = self._pinned.clips(batch["index"], self.clip_frames, self.step_frames, sender)

@@ -78,11 +78,8 @@ class FrameSamples:
         """Read the frames of sequence ``index`` to ``frames`` (T, 1, H, W)."""
         which, start = self._start(index)
         recording = self.recordings[which]
-        rows, columns = (
-            clips.as_slice(clips.nearest(source, target)) for source, target in zip(recording.size, self.image_size)
-        )
         wanted = slice(start, start + (self.frames - 1) * self.frame_step + 1, self.frame_step)
-        recording.cut(wanted, rows, columns, out=frames[:, 0])
+        recording.cut(wanted, *clips.kept_pixels(recording.size, self.image_size), out=frames[:, 0])
 
     def sample(self, index: int, epoch: int) -> Batch:
         """Sequence ``index``: ``index``, its first frame, and what augmentation does to it."""

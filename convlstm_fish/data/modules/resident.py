@@ -89,8 +89,8 @@ class PinnedFrames:
     ) -> None:
         self.frames = torch.empty(len(recording), *size, dtype=torch.uint8, pin_memory=True)
         for start in range(0, len(recording), CHUNK):
-            part = recording.cut(slice(start, start + CHUNK), rows, columns)
-            self.frames[start : start + len(part)] = torch.from_numpy(part)
+            part = slice(start, start + CHUNK)
+            recording.cut(part, rows, columns, out=self.frames[part].numpy())
 
     @staticmethod
     def fits(frames: int, size: tuple[int, int], processes: int) -> bool:
