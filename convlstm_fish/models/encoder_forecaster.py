@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from convlstm_fish.layers import ConvLSTMCell
-from convlstm_fish.models.frame_network import FrameNetwork, cell_stack, fed_back
+from convlstm_fish.models.frame_network import FrameNetwork, cell_stack, fed_back, read_frames
 
 
 class EncoderForecaster(FrameNetwork):
@@ -75,11 +75,7 @@ class EncoderForecaster(FrameNetwork):
     ) -> Tensor:
         """See the class."""
         frames = self._to_patches(video, steps)
-        x, states = frames, []
-        for layer, cell in enumerate(self.encoder):
-            last = layer == len(self.encoder) - 1
-            x, state = cell.sequence(x, return_sequences=not last)  # type: ignore[operator]
-            states.append(state)
+        _, states = read_frames(self.encoder, frames)  # type: ignore[arg-type]
         if not self.feeds_frames_back:
             if teacher is not None:
                 raise ValueError("teacher needs feedback=True: without it the forecaster gets no frames")

@@ -88,6 +88,24 @@ def fed_back(predicted: Tensor, step: int, truth: Tensor | None, teacher: Tensor
     return torch.where(teacher[:, step].bool()[:, None, None, None], truth[:, step].to(predicted.dtype), predicted)
 
 
+def read_frames(
+    cells: Sequence[ConvLSTMCell], frames: Tensor, return_sequences: bool = False
+) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
+    """What a stack of cells, each fed by the one before, makes of frames (N, T, C, H, W).
+
+    Returns:
+        With ``return_sequences`` the last cell's h of each frame, (N, T, C_h, H', W'), else None; and the state (h, c)
+        of each cell after the last frame.
+    """
+    x: Tensor | None = frames
+    states = []
+    for cell in cells:
+        assert x is not None
+        x, state = cell.sequence(x, return_sequences=return_sequences or cell is not cells[-1])
+        states.append(state)
+    return x, states
+
+
 def cell_stack(
     in_channels: int,
     hidden_channels: Sequence[int],

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from convlstm_fish.layers import ConvLSTMCell
-from convlstm_fish.models.frame_network import FrameNetwork, cell_stack
+from convlstm_fish.models.frame_network import FrameNetwork, cell_stack, read_frames
 from convlstm_fish.models.tap_products import convolve_frames
 
 # Outputs times taps up to which a head is faster as a matrix product.
@@ -85,11 +85,8 @@ class FramePredictor(FrameNetwork):
 
     def forward(self, video: Tensor, steps: int = 10) -> Tensor:
         """See the class."""
-        x = self._to_patches(video, steps)
-        for layer, cell in enumerate(self.encoder):
-            last = layer == len(self.encoder) - 1
-            sequence, (h, _) = cell.sequence(x, return_sequences=not last)  # type: ignore[operator]
-            x = h if last else sequence
+        _, encoded = read_frames(self.encoder, self._to_patches(video, steps))  # type: ignore[arg-type]
+        x, _ = encoded[-1]
         states: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(self.decoder)
         outputs = []
         step_on = ConvLSTMCell.unrolled_stack(self.decoder)  # type: ignore[arg-type]

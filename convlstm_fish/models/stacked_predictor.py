@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from convlstm_fish.layers import ConvLSTMCell
-from convlstm_fish.models.frame_network import FrameNetwork, cell_stack, fed_back
+from convlstm_fish.models.frame_network import FrameNetwork, cell_stack, fed_back, read_frames
 
 
 class StackedPredictor(FrameNetwork):
@@ -77,18 +77,14 @@ class StackedPredictor(FrameNetwork):
         with_context: bool = False,
     ) -> Tensor:
         """See the class."""
-        x = self._to_patches(video, steps)
+        frames = self._to_patches(video, steps)
         truth = self._teacher(video, steps, future, teacher)
-        states = []
-        for layer, cell in enumerate(self.recurrent):
-            last = layer == len(self.recurrent) - 1
-            x, state = cell.sequence(x, return_sequences=with_context or not last)  # type: ignore[operator]
-            states.append(state)
-        if with_context:
-            context = self.head(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-            logits = list(context.unbind(1))
-        else:
+        sequence, states = read_frames(self.recurrent, frames, with_context)  # type: ignore[arg-type]
+        if sequence is None:
             logits = [self.head(states[-1][0])]
+        else:
+            context = self.head(sequence.flatten(0, 1)).unflatten(0, sequence.shape[:2])
+            logits = list(context.unbind(1))
         step_on = ConvLSTMCell.unrolled_stack(self.recurrent)  # type: ignore[arg-type]
         for step in range(steps - 1):
             x, states = step_on(fed_back(self.to_frames(logits[-1]), step, truth, teacher), states)
