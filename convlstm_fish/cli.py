@@ -78,10 +78,11 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run_command(name: str, args: list[str]) -> None:
-    from convlstm_fish.cli_parser import CommandParser
+    from convlstm_fish.cli_errors import CommandParser
 
-    module = importlib.import_module(COMMANDS[name])
-    parser = CommandParser(prog=f"main.py {name}", description=module.HELP)
+    command = COMMANDS[name]
+    module = importlib.import_module(command.module)
+    parser = CommandParser(prog=f"main.py {name}", description=command.help)
     module.add_arguments(parser)
     module.run(parser.parse_args(args))
 
@@ -99,9 +100,9 @@ def _fail(message: str) -> int:
 
 
 def _help() -> str:
-    from convlstm_fish.cli_parser import shipped_configs
+    from convlstm_fish.cli_configs import shipped_configs
 
-    commands = "\n".join(f"  {name:13s} {importlib.import_module(path).HELP}" for name, path in COMMANDS.items())
+    commands = "\n".join(f"  {name:13s} {command.help}" for name, command in COMMANDS.items())
     configs = textwrap.fill(", ".join(shipped_configs()), 100, initial_indent="  ", subsequent_indent="  ")
     return USAGE.format(commands=commands, configs=configs)
 

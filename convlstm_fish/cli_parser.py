@@ -12,13 +12,12 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
 
-import yaml
-from jsonargparse import ArgumentParser
 from pytorch_lightning import LightningDataModule
-from pytorch_lightning.cli import LightningArgumentParser
 
+from convlstm_fish.cli_configs import find_config, read_config
+from convlstm_fish.cli_errors import did_you_mean
+from convlstm_fish.commands import COMMANDS
 from convlstm_fish.errors import UserError
 from convlstm_fish.tasks.checkpoint_io import check_checkpoint, hyper_parameters, load_checkpoint, newest_good
 
@@ -34,103 +33,6 @@ CONFIG = "config.yaml"
 _LISTS = re.compile(r"--(model|data)\.")
 _NUMBERS = re.compile(r"^(--\S+?=)?(-?[\d.]+(?:e-?\d+)?(?:,-?[\d.]+(?:e-?\d+)?)+)$")
 _VERSION = re.compile(r"version_(\d+)$")
-
-
-def told_shortly(message: object) -> str:
-    """What jsonargparse says over many lines, in one: the option, what it expects, and what it got."""
-    whole = str(message)
-    keys = re.findall(r'Parser key "([^"]*)":', whole)
-    text, given = whole, None
-    if union := re.search(r"Errors:\n(.*?)\n\s*Given value type", whole, re.DOTALL):
-        reasons = re.split(r"(?:^|\n)\s*- ", union[1])
-        text = "; or ".join(r.strip() for r in reasons if r.strip() and "NoneType" not in r)
-        given = re.search(r"Given value: ([^\n]*)", whole)
-    text = re.sub(r'Parser key "[^"]*":', "", text)
-    text = re.sub(r"Problem with given class_path '(?:[^']*\.)?([^'.]*)':", r"\1:", text)
-    text = re.sub(r"[Ee]xpected an? ", "expected ", text)
-    text = re.sub(r"<class '(?:[\w.]*\.)?(\w*)'>", r"\1", text).replace("typing.", "")
-    text = re.sub(r"(^|\s)- ", r"\1", text)
-    if given and len(given[1]) < 80:
-        text = f"{text}. Got value: {given[1]}"
-    return " ".join(f"{keys[-1]}: {text}".split()) if keys else " ".join(text.split())
-
-
-class OneLineErrors:
-    """A parser that says what is wrong in one line, exits with 2, and guesses no abbreviations."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print ``message`` and exit."""
-        if absent := re.search(r"arguments are required: (.+)$", str(message)):
-            names = [self._as_typed(name) for name in absent[1].split(", ")]
-            message = f"{', '.join(names)}: must be given"
-        sys.stderr.write(f"error: {told_shortly(message)} (see --help)\n")
-        sys.exit(2)
-
-    def _as_typed(self, name: str) -> str:
-        options: dict[str, Any] = getattr(self, "_option_string_actions", {})
-        return f"--{name}" if f"--{name}" in options else name
-
-
-class TrainerParser(OneLineErrors, LightningArgumentParser):
-    """The parser of fit, validate, test and predict."""
-
-
-class CommandParser(OneLineErrors, ArgumentParser):
-    """The parser of the other commands."""
-
-
-# -- configs -----------------------------------------------------------------------------------------------------------
-
-
-def config_folder() -> Path:
-    """Where the shipped configs lie: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
-
-
-def shipped_configs() -> list[str]:
-    """Names of the configs that come with the package."""
-    return sorted(path.stem for path in config_folder().glob("*.yaml"))
-
-
-def find_config(name: str) -> str:
-    """A config file by path, or one of the shipped ones by name, with or without ``configs/`` and ``.yaml``.
-
-    Raises:
-        UserError: when there is no such file.
-    """
-    if Path(name).is_file():
-        return name
-    shipped = config_folder()
-    inner = name.removeprefix("configs/")
-    for candidate in (shipped / inner, shipped / f"{inner}.yaml"):
-        if candidate.is_file():
-            return str(candidate)
-    known = ", ".join(shipped_configs())
-    raise UserError(f"--config {name}: no such file, and no shipped config of that name ({known})")
-
-
-def read_config(path: str) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        UserError: not readable, not YAML, not a mapping.
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not a YAML file ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(
-            f"--config {path}: must hold keys such as model, data and trainer, got {type(content).__name__}"
-        )
-    return content
 
 
 # -- run folders -------------------------------------------------------------------------------------------------------
@@ -260,7 +162,8 @@ def normalise(args: Sequence[str]) -> Request:
     if args and not args[0].startswith("-"):
         subcommand = args.pop(0)
         if subcommand not in TRAINER_COMMANDS:
-            raise UserError(f"{subcommand}: no such command (see --help)")
+            near = did_you_mean(subcommand, [*TRAINER_COMMANDS, *COMMANDS])
+            raise UserError(f"{subcommand}: no such command{near} (see --help)")
     named, rest = _take(_spell_out(args), "--config", "-c")
     for name in FIT_ONLY if subcommand != "fit" else ():
         if option(rest, name) is not None:

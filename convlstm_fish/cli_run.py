@@ -22,17 +22,9 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.plugins.io import CheckpointIO
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from convlstm_fish.cli_parser import (
-    CHECKPOINTS,
-    TRAINER_COMMANDS,
-    Request,
-    TrainerParser,
-    normalise,
-    option,
-    read_config,
-    run_of,
-    told_shortly,
-)
+from convlstm_fish.cli_configs import read_config
+from convlstm_fish.cli_errors import OneLineErrors, told_shortly
+from convlstm_fish.cli_parser import CHECKPOINTS, TRAINER_COMMANDS, Request, normalise, option, run_of
 from convlstm_fish.cli_results import write_predictions, write_test
 from convlstm_fish.cli_run_folder import RunFolder, next_version
 from convlstm_fish.data.modules import FishClips
@@ -82,6 +74,10 @@ _NOISE = (
     r".*The AccumulateGrad node's stream does not match.*",  # Lightning makes DDP in a stream of its own, on purpose
     r".*could not find the monitored key.*",  # a run that ended before its first validation has no best.ckpt
 )
+
+
+class TrainerParser(OneLineErrors, LightningArgumentParser):
+    """The parser of fit, validate, test and predict."""
 
 
 class FishCLI(LightningCLI):

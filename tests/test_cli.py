@@ -212,11 +212,11 @@ def test_print_config(config: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_installed_package_finds_its_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from convlstm_fish import cli_parser
+    from convlstm_fish import cli_configs
 
     shutil.copytree(ROOT / "convlstm_fish", tmp_path / "convlstm_fish", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "configs", tmp_path / "convlstm_fish" / "configs")
-    monkeypatch.setattr(cli_parser, "__file__", str(tmp_path / "convlstm_fish" / "cli_parser.py"))
+    monkeypatch.setattr(cli_configs, "__file__", str(tmp_path / "convlstm_fish" / "cli_configs.py"))
     monkeypatch.chdir(tmp_path)
-    assert cli_parser.find_config("quickstart") == str(tmp_path / "convlstm_fish/configs/quickstart.yaml")
-    assert cli_parser.find_config("configs/quickstart.yaml") == str(tmp_path / "convlstm_fish/configs/quickstart.yaml")
+    assert cli_configs.find_config("quickstart") == str(tmp_path / "convlstm_fish/configs/quickstart.yaml")
+    assert cli_configs.find_config("configs/quickstart.yaml") == str(tmp_path / "convlstm_fish/configs/quickstart.yaml")

@@ -10,18 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from convlstm_fish.cli_parser import (
-    config_folder,
-    find_checkpoint,
-    find_config,
-    normalise,
-    option,
-    read_config,
-    run_of,
-    shipped_configs,
-    told_shortly,
-    versions,
-)
+from convlstm_fish.cli_configs import config_folder, find_config, read_config, shipped_configs
+from convlstm_fish.cli_errors import told_shortly
+from convlstm_fish.cli_parser import find_checkpoint, normalise, option, run_of, versions
 from convlstm_fish.errors import UserError
 
 QUICKSTART = str(config_folder() / "quickstart.yaml")

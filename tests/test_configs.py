@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from convlstm_fish.cli import main
-from convlstm_fish.cli_parser import config_folder
+from convlstm_fish.cli_configs import config_folder
 
 CONFIGS = sorted(config_folder().glob("*.yaml"))
 

@@ -24,8 +24,6 @@ from convlstm_fish.errors import UserError
 from convlstm_fish.files import write_text
 from convlstm_fish.progress import progress
 
-HELP = "Run ablations: change one factor of a base experiment at a time, over several seeds."
-
 BASE_LEVEL = "base"
 RESULT = "metrics.json"
 

@@ -13,6 +13,7 @@ import jsonargparse
 import numpy as np
 import numpy.typing as npt
 
+from convlstm_fish.commands.options import load_series
 from convlstm_fish.data.labels import BURST_C, HORIZON_SECONDS, chase_labels, horizon_frames_of
 from convlstm_fish.errors import UserError
 from convlstm_fish.evaluate import MotionLSTMConfig, evaluate, print_table, write_report
@@ -21,8 +22,6 @@ from convlstm_fish.evaluate.checks import positive_number
 from convlstm_fish.evaluate.evaluation import BLOCK_SECONDS, CONFIDENCE, RESAMPLES
 from convlstm_fish.evaluate.result import Evaluation
 from convlstm_fish.files import write_text
-
-HELP = "Score probabilities beside the baseline panel: table, verdict and an HTML report."
 
 # The published test set is scored up to frame T - 2 - 10.
 PUBLISHED_TAIL = 10
@@ -66,25 +65,6 @@ def add_arguments(parser: jsonargparse.ArgumentParser) -> None:
     parser.add_argument("--confidence", type=float, default=CONFIDENCE, help="of the intervals")
     parser.add_argument("--seed", type=int, default=0, help="of the resampling")
     parser.add_argument("--motion_lstm", type=MotionLSTMConfig, default=MotionLSTMConfig(), help="the LSTM baseline")
-
-
-def load_series(option: str, path: str) -> npt.NDArray[Any]:
-    """The array in a ``.npy`` file, without executing anything that it may hold.
-
-    Raises:
-        UserError: naming the option and the file.
-    """
-    try:
-        values = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"{option}: {path} does not exist") from None
-    except (OSError, ValueError, EOFError):
-        raise UserError(f"{option}: {path} is not a whole .npy file of plain numbers") from None
-    if not isinstance(values, np.ndarray):
-        values.close()
-        raise UserError(f"{option}: {path} holds several arrays; give a .npy file with one")
-    # Keras returns probabilities as one column.
-    return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
 
 
 def named_paths(values: list[str]) -> dict[str, str]:

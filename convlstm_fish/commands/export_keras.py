@@ -9,8 +9,6 @@ from pathlib import Path
 from convlstm_fish.errors import UserError
 from convlstm_fish.models import ClipClassifier
 
-HELP = "Turn a checkpoint of ClipClassification into Keras weights or a Keras model."
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""

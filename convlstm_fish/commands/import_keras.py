@@ -14,8 +14,6 @@ from convlstm_fish.errors import UserError
 from convlstm_fish.interop.keras import KerasImport, import_keras
 from convlstm_fish.models import ClipClassifier
 
-HELP = "Turn a Keras or TensorFlow model into a checkpoint."
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""

@@ -1,6 +1,11 @@
-"""Option values that are more than one number: read from text, refused in one line that names the option."""
+"""Option values that are more than one number: read from text or a file, refused in one line that names the option."""
 
 from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from convlstm_fish.errors import UserError
 
@@ -41,3 +46,22 @@ def number_or_word(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
+
+
+def load_series(option: str, path: str) -> npt.NDArray[Any]:
+    """The array in a ``.npy`` file, without executing anything that it may hold.
+
+    Raises:
+        UserError: naming the option and the file.
+    """
+    try:
+        values = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{option}: {path} does not exist") from None
+    except (OSError, ValueError, EOFError):
+        raise UserError(f"{option}: {path} is not a whole .npy file of plain numbers") from None
+    if not isinstance(values, np.ndarray):
+        values.close()
+        raise UserError(f"{option}: {path} holds several arrays; give a .npy file with one")
+    # Keras returns probabilities as one column.
+    return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values

@@ -8,8 +8,6 @@ from convlstm_fish.commands.options import frame_size, number_or_word, numbers, 
 from convlstm_fish.data.labels import BURST_C, CLIP_SECONDS, HORIZON_SECONDS
 from convlstm_fish.data.prepare import describe, prepare
 
-HELP = "Make a recording (bright fish on black, motion, labels, splits) of a video or a folder of images."
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from convlstm_fish.commands.evaluate import load_series
-from convlstm_fish.commands.options import frame_size
+from convlstm_fish.commands.options import frame_size, load_series
 from convlstm_fish.data.simulate import simulate
-from convlstm_fish.evaluate.tank import chase_skill, compare, print_statistics, unbroken_motion
-
-HELP = "Simulate a tank of fish seen from above and write it as a recording."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,5 +44,7 @@ def run(args: argparse.Namespace) -> None:
         f"{100 * recording.labels().mean():.1f} % burst labels, {len(recording.array('chases'))} chases"
     )
     if published is not None:
+        from convlstm_fish.evaluate.tank import chase_skill, compare, print_statistics, unbroken_motion
+
         print_statistics(compare(unbroken_motion(recording), published), "The simulated tank beside the real one")
         print_statistics(chase_skill(recording), "Will a chase start within 1.5 s?")
