@@ -18,6 +18,7 @@ from types import TracebackType
 import cv2
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock
 
 from convlstm_fish.data import store
 from convlstm_fish.data.recording import Recording
@@ -203,7 +204,7 @@ class VideoReader:
         if odd > max(1, _IRREGULAR * self.count):
             raise UserError(
                 f"{self.path}: has a variable frame rate ({odd} of {self.count} intervals differ from the usual "
-                "one), so frames are no measure of time; prepare it with --resample 30, for example"
+                "one), so frames are no measure of time; prepare it with --resample 30 and without --fps, for example"
             )
 
     def close(self) -> None:
@@ -233,8 +234,15 @@ def open_cached(path: Path, cache: Path | None = None) -> Recording:
     state = os.stat(real)
     key = hashlib.sha256(f"{real}|{state.st_size}|{state.st_mtime_ns}".encode()).hexdigest()[:16]
     target = cache / f"{path.stem}-{key}"
-    if (target / store.JSON_FILE).exists():
-        return Recording.open(target)
+    if not (target / store.JSON_FILE).exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f".{target.name}.lock"):  # all processes of a run on several GPUs come at once
+            if not (target / store.JSON_FILE).exists():
+                _decode(path, target)
+    return Recording.open(target)
+
+
+def _decode(path: Path, target: Path) -> None:
     with VideoReader(path) as reader:
         if not reader.fps:
             raise UserError(f"{path}: does not tell its frame rate; prepare it with --fps")
@@ -243,14 +251,12 @@ def open_cached(path: Path, cache: Path | None = None) -> Recording:
     with VideoReader(path) as reader, progress() as bar:
         frames = bar.track((frame for frame, _ in reader), total=total, description=f"Decoding {path.name}")
         first = next(iter(frames))
-        source = {"source": path.name, "sha256": sha256(real)}
-        with RecordingWriter(
-            target, (most, *first.shape), reader.fps, name=path.stem, metadata=source, overwrite=True
-        ) as writer:
+        source = {"source": path.name, "sha256": sha256(local_path(path))}
+        with RecordingWriter(target, (most, *first.shape), reader.fps, name=path.stem, metadata=source) as writer:
             writer.append(first)
             for frame in frames:
                 if reader.count > most:
                     raise UserError(f"{path}: holds more frames than the {reader.claimed} it claims; prepare it")
                 writer.append(frame)
             reader.check_regular()
-            return writer.finish(allow_short=True)
+            writer.finish(allow_short=True)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
+from convlstm_fish.data import video as video_module
 from convlstm_fish.data.recording import Recording
 from convlstm_fish.data.video import VideoReader, grey, resize, sha256
 from convlstm_fish.errors import UserError
@@ -67,13 +70,28 @@ def test_opening_a_video_decodes_it_once(tmp_path: Path, monkeypatch: pytest.Mon
     assert (recording.name, recording.fps, recording.frames.shape) == ("fish", 25, (60, *SIZE))
     assert recording.metadata == {"source": "fish.avi", "sha256": sha256(str(path))}
     np.testing.assert_array_equal(recording.frames, np.stack([frame for frame, _ in read(path)]))
-    (made,) = (tmp_path / "cache/convlstm_fish").iterdir()
+    (made,) = (tmp_path / "cache/convlstm_fish").glob("[!.]*")
     stamp = (made / "recording.json").stat().st_mtime_ns
     assert Recording.open(path).path == made
     assert (made / "recording.json").stat().st_mtime_ns == stamp
     assert len(Recording.open(video(path, 70))) == 70
     assert len(Recording.open(path, cache=tmp_path / "other")) == 70
-    assert len(list((tmp_path / "other").iterdir())) == 1
+    assert len(list((tmp_path / "other").glob("[!.]*"))) == 1
+
+
+def test_processes_that_open_a_video_at_once_decode_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, decode, decoded = video(tmp_path / "fish.avi"), video_module._decode, []
+
+    def slowly(*args: Path) -> None:
+        decoded.append(args)
+        time.sleep(0.2)
+        decode(*args)
+
+    monkeypatch.setattr(video_module, "_decode", slowly)
+    with ThreadPoolExecutor(5) as threads:  # a lock holds threads apart like processes
+        opened = list(threads.map(lambda _: Recording.open(path, cache=tmp_path / "cache"), range(5)))
+    assert len(decoded) == 1
+    assert {(recording.path, len(recording)) for recording in opened} == {(opened[0].path, 60)}
 
 
 def test_a_short_video_is_an_error_unless_allowed(tmp_path: Path) -> None:
@@ -86,7 +104,7 @@ def test_a_short_video_is_an_error_unless_allowed(tmp_path: Path) -> None:
     assert 10 < len(frames) < 50
     with pytest.raises(UserError, match="ends after"):
         Recording.open(path, cache=tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 def test_a_video_with_a_hole_is_an_error(tmp_path: Path) -> None:
@@ -108,7 +126,7 @@ def test_a_variable_frame_rate_is_refused(tmp_path: Path, variable_rate: Callabl
             reader.check_regular()
     with pytest.raises(UserError, match="--resample"):
         Recording.open(path, cache=tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(
