@@ -123,7 +123,7 @@ def prepare(
         reading = _open(Path(source), fps, resample, allow_short, stack)
         file = stack.enter_context(tempfile.TemporaryFile(dir=target.parent, prefix=".prepare.", suffix=".tmp"))
         staged = _stage(reading, file, roi, size)
-        if reading.reader is not None and resample is None:
+        if reading.reader is not None and (resample is None or fps is not None):
             reading.reader.check_regular()
         try:
             look = background.study(staged.sample(), invert, background_method, contrast)
@@ -196,7 +196,8 @@ def _open(
         if not rate:
             raise UserError(f"{path}: does not tell its frame rate; give it with --fps")
         metadata = {"source": path.name, "sha256": sha256(local_path(path))}
-        source = _Source(rate, reader.claimed, iter(reader), None, metadata, reader)
+        frames = iter(reader) if fps is None else ((frame, k / fps) for k, (frame, _) in enumerate(reader))
+        source = _Source(rate, reader.claimed, frames, None, metadata, reader)
     if resample is not None:
         source.metadata["resampled_from_fps"] = source.fps
         source.claimed = round(source.claimed / source.fps * resample)

@@ -169,12 +169,22 @@ def test_frame_rate(film: Path, tmp_path: Path) -> None:
     )
 
 
+def test_a_frame_rate_that_is_given_is_that_of_a_video_too(film: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"size": (48, 80), "invert": "no", "background_method": "none", "contrast": "none"}
+    slow = prepare(film, tmp_path / "a", fps=80, resample=20, **options)  # 120 frames filmed at 80, stored as 20
+    assert (slow.fps, len(slow), slow.metadata["resampled_from_fps"]) == (20, 30, 80)
+    every = prepare(film, tmp_path / "b", **options)
+    np.testing.assert_array_equal(slow.frames, every.frames[::4])
+
+
 def test_a_variable_frame_rate_is_resampled(tmp_path: Path, variable_rate: Callable[[Path], None]) -> None:
     path = video(tmp_path / "phone.mp4", scene(60), 25, "mp4v")
     variable_rate(path)
     with pytest.raises(UserError, match=r"variable frame rate .* prepare it with --resample 30"):
         prepare(path, tmp_path / "a")
     options: dict[str, Any] = {"size": (48, 80), "invert": "no", "background_method": "none", "contrast": "none"}
+    with pytest.raises(UserError, match=r"variable frame rate .* prepare it with --resample 30 and without --fps"):
+        prepare(path, tmp_path / "a", resample=25, fps=50)
     made = prepare(path, tmp_path / "b", resample=25, **options)
     with VideoReader(path) as reader:
         frames = [frame for frame, _ in reader]
