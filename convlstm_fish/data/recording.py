@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import mmap
+import math
 import os
 import threading
-import weakref
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -20,6 +19,7 @@ from convlstm_fish.data import store
 from convlstm_fish.errors import UserError
 
 _READ_BYTES = 1 << 21  # at a time, to stay in the cache until they are cut
+_of_thread = threading.local()
 
 
 class Recording:
@@ -45,6 +45,7 @@ class Recording:
         metadata: Mapping[str, Any] | None = None,
         header: Mapping[str, Any] | None = None,
         motion: npt.NDArray[np.float64] | None = None,
+        file: int | None = None,
     ) -> None:
         self.path, self.frames, self.fps = path, frames, float(fps)
         self.splits = dict(splits)
@@ -52,7 +53,7 @@ class Recording:
         self.metadata = dict(metadata or {})
         self._header = dict(header or {})
         self._motion = motion
-        self._threads = threading.local()
+        self._file = file  # descriptor of the file behind a memory map
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None) -> Recording:
@@ -87,19 +88,21 @@ class Recording:
     @classmethod
     def _open_store(cls, path: Path) -> Recording:
         header = store.load_json(path)
+        frames, file = store.map_frames(path, header)
         return cls(
             path,
-            store.map_frames(path, header),
+            frames,
             header["fps"],
             header["splits"],
             name=header["name"],
             metadata=header["metadata"],
             header=header,
+            file=file,
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A memory map pickles as a full copy; a worker process opens the files again instead.
-        return _open_with, (str(self.path), self.splits)
+        return _open_with, (str(self.path), self.splits, self._header.get("crc32"))
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -123,6 +126,7 @@ class Recording:
             metadata=self.metadata,
             header=self._header,
             motion=self._motion,
+            file=self._file,
         )
 
     def cut(
@@ -145,8 +149,7 @@ class Recording:
         kept = _chosen(rows, height), _chosen(columns, width)
         if out is None:
             out = np.empty((len(wanted), *map(len, kept)), np.uint8)
-        mapped = isinstance(getattr(self.frames, "base", None), mmap.mmap)
-        if not mapped or not hasattr(os, "preadv"):  # as on Windows
+        if self._file is None or not hasattr(os, "preadv"):
             out[...] = self.frames[frames][:, rows][:, :, columns]
             return out
         # All of each frame is read to where it belongs, other pixels are chosen on the way.
@@ -154,38 +157,13 @@ class Recording:
         together = max(1, _READ_BYTES // (height * width)) if wanted.step == 1 else 1
         for at in range(0, len(wanted), together):
             place = out[at : at + together]
-            read = place if whole else self._scratch(together)[: len(place)]
-            if not self._fill(read, store.HEADER_BYTES + wanted[at] * height * width):
-                raise UserError(
-                    f"{self.frames.filename}: ends before frame {wanted[at + len(place) - 1]}; prepare it again"
-                )
+            read = place if whole else _scratch((len(place), height, width))
+            if not _fill(self._file, read, store.HEADER_BYTES + wanted[at] * height * width):
+                last = wanted[at + len(place) - 1]
+                raise UserError(f"{self.path / store.FRAMES_FILE}: ends before frame {last}; prepare it again")
             if not whole:
                 place[...] = read[:, rows][:, :, columns]
         return out
-
-    def _fill(self, frames: npt.NDArray[np.uint8], start: int) -> bool:
-        """Read contiguous frames from a byte of the file on; False where it ends before."""
-        rest = frames.data.cast("B")
-        while len(rest):
-            count = os.preadv(self._file, [rest], start)
-            if count == 0:
-                return False
-            rest, start = rest[count:], start + count
-        return True
-
-    def _scratch(self, frames: int) -> npt.NDArray[np.uint8]:
-        """Where this thread reads to; memory that is new each time would cost as much as the reading."""
-        if len(getattr(self._threads, "scratch", ())) < frames:
-            self._threads.scratch = np.empty((frames, *self.size), np.uint8)
-        scratch: npt.NDArray[np.uint8] = self._threads.scratch
-        return scratch[:frames]
-
-    @cached_property
-    def _file(self) -> int:
-        """Descriptor of the file behind the memory map."""
-        descriptor = os.open(self.frames.filename, os.O_RDONLY)
-        weakref.finalize(self, os.close, descriptor)
-        return descriptor
 
     @property
     def size(self) -> tuple[int, int]:
@@ -324,8 +302,31 @@ class Recording:
             self.array(name)
 
 
-def _open_with(path: str, splits: Mapping[str, tuple[int, int]]) -> Recording:
-    return Recording.open(path).with_splits(splits)
+def _open_with(path: str, splits: Mapping[str, tuple[int, int]], crc32: list[int] | None) -> Recording:
+    recording = Recording.open(path)
+    if recording._header.get("crc32") != crc32:
+        raise UserError(f"{path}: has been replaced by another recording since it was opened; start again")
+    return recording.with_splits(splits)
+
+
+def _fill(file: int, frames: npt.NDArray[np.uint8], start: int) -> bool:
+    """Read contiguous frames from a byte of a file on; False where it ends before."""
+    rest = frames.data.cast("B")
+    while len(rest):
+        count = os.preadv(file, [rest], start)
+        if count == 0:
+            return False
+        rest, start = rest[count:], start + count
+    return True
+
+
+def _scratch(shape: tuple[int, int, int]) -> npt.NDArray[np.uint8]:
+    """Where this thread reads to, whichever the recording; new memory each time would cost as much as the reading."""
+    size = math.prod(shape)
+    if len(getattr(_of_thread, "scratch", ())) < size:
+        _of_thread.scratch = np.empty(size, np.uint8)
+    scratch: npt.NDArray[np.uint8] = _of_thread.scratch[:size]
+    return scratch.reshape(shape)
 
 
 def _chosen(places: slice | npt.NDArray[np.int64], size: int) -> range | npt.NDArray[np.int64]:

@@ -16,6 +16,7 @@ import os
 import shutil
 import stat
 import uuid
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -70,10 +71,15 @@ def new_folder(target: Path) -> Iterator[tuple[Path, int]]:
     """Make and lock a hidden folder beside ``target``; yields it and the descriptor that holds the lock."""
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target)
-    folder = target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}.tmp"
-    folder.mkdir()
-    descriptor = os.open(folder, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    while True:
+        folder = target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}.tmp"
+        folder.mkdir()
+        with contextlib.suppress(FileNotFoundError):  # another writer's sweep took it before it was locked
+            descriptor = os.open(folder, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if folder.exists():
+                break
+            os.close(descriptor)
     try:
         yield folder, descriptor
     finally:
@@ -287,17 +293,25 @@ def choose_splits(splits: Mapping[str, Any] | Sequence[float], frames: int) -> d
     return check_splits(splits, frames, "splits") if isinstance(splits, Mapping) else split_ranges(frames, splits)
 
 
-def map_frames(folder: Path, header: Mapping[str, Any]) -> npt.NDArray[np.uint8]:
-    """Map ``frames.npy`` read-only after comparing its size and header with ``recording.json``."""
+def map_frames(folder: Path, header: Mapping[str, Any]) -> tuple[npt.NDArray[np.uint8], int]:
+    """Map ``frames.npy`` read-only after comparing its size and header with ``recording.json``.
+
+    Returns:
+        The frames, and a descriptor of the same file, also where another has taken its name; open while they are held.
+    """
     path, shape = folder / FRAMES_FILE, tuple(header["shape"])
     expected = HEADER_BYTES + math.prod(shape)
-    size = regular_file(path).st_size
-    if size != expected:
-        raise UserError(
-            f"{path}: has {size} bytes, {shape[0]} frames of {shape[1]}x{shape[2]} need {expected}; "
-            "the copy is incomplete or not of this recording"
-        )
+    regular_file(path)
     with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != expected:
+            raise UserError(
+                f"{path}: has {size} bytes, {shape[0]} frames of {shape[1]}x{shape[2]} need {expected}; "
+                "the copy is incomplete or not of this recording"
+            )
         if file.read(HEADER_BYTES) != npy_header(shape):
             raise UserError(f"{path}: its header does not say uint8 {shape} as {JSON_FILE} does")
-    return np.memmap(path, dtype=np.uint8, mode="r", offset=HEADER_BYTES, shape=shape)
+        frames = np.memmap(file, dtype=np.uint8, mode="r", offset=HEADER_BYTES, shape=shape)
+        descriptor = os.dup(file.fileno())
+    weakref.finalize(frames, os.close, descriptor)
+    return frames, descriptor

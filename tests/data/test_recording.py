@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from convlstm_fish.data import labels
+from convlstm_fish.data import recording as recording_module
 from convlstm_fish.data.recording import Recording
 from convlstm_fish.data.recording_writer import RecordingWriter
 from convlstm_fish.errors import UserError
@@ -126,6 +127,26 @@ def test_a_file_that_becomes_shorter_while_it_is_read_is_named(tmp_path: Path) -
     assert len(recording.cut(slice(10, 20))) == 10
     with pytest.raises(UserError, match=r"frames\.npy: ends before frame 20; prepare it again$"):
         recording.cut(slice(10, 21))
+
+
+def test_a_recording_that_is_replaced_while_it_is_open(tmp_path: Path) -> None:
+    frames = some_frames(50)
+    recording = write(tmp_path / "tank", frames)
+    pickled = pickle.dumps(recording)
+    with RecordingWriter(tmp_path / "tank", (50, *recording.size), 10, overwrite=True) as writer:
+        writer.append(255 - frames)
+        writer.finish()
+    np.testing.assert_array_equal(recording.cut(slice(10, 20)), frames[10:20])
+    with pytest.raises(UserError, match="tank: has been replaced by another recording since it was opened"):
+        pickle.loads(pickled)
+
+
+def test_recordings_of_a_thread_share_the_memory_that_they_are_read_to(tmp_path: Path) -> None:
+    for name, height in (("a", 60), ("b", 20), ("c", 61)):
+        frames = some_frames(40, height, 80)
+        piece = write(tmp_path / name, frames).cut(slice(3, 40), slice(0, None, 3), slice(1, 79))
+        np.testing.assert_array_equal(piece, frames[3:, ::3, 1:79])
+    assert len(recording_module._of_thread.scratch) <= recording_module._READ_BYTES
 
 
 def test_a_kill_between_the_two_renames_of_a_replacement_is_repaired(tmp_path: Path) -> None:
