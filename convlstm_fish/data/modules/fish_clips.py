@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pytorch_lightning.utilities import rank_zero_warn
 
 from convlstm_fish.data import clips
 from convlstm_fish.data import labels as rules
 from convlstm_fish.data.modules.augment import Augmentation
 from convlstm_fish.data.modules.base import Batch, Pixels, ResumableDataModule
 from convlstm_fish.data.modules.resident import PinnedFrames, ResidentFrames
+from convlstm_fish.data.modules.simulated import simulate_where_absent, simulator_options
 from convlstm_fish.data.recording import Recording
-from convlstm_fish.data.simulate import simulate as simulated_tank
 from convlstm_fish.errors import UserError, require
 
 INPUT_FORMS = ("time_channels", "single_channel")
@@ -178,9 +175,6 @@ class FishClips(ResumableDataModule):
             f"one of {', '.join(clips.SPLITS)}, all",
         )
         require("pixels_on", pixels_on, pixels_on in PIXELS_ON, f"one of {', '.join(PIXELS_ON)}")
-        known = tuple(inspect.signature(simulated_tank).parameters)[1:]
-        for option in simulate or ():
-            require("simulate", option, option in known, f"an option of the simulator ({', '.join(known)})")
         self.path = path
         self.pixels_on = pixels_on
         self.clip_seconds, self._clip_frames = clip_seconds, clip_frames
@@ -189,27 +183,18 @@ class FishClips(ResumableDataModule):
         self.splits, self.clip_stride, self.eval_stride = splits, clip_stride, eval_stride
         self.augmentation = Augmentation(flips, brightness, contrast, noise, shift)
         self.balanced, self.predict_split = balanced, predict_split
-        self.simulate = None if simulate is None else dict(simulate)
+        self.simulate = simulator_options(simulate)
         self._recording: Recording | None = None
         self._labels: npt.NDArray[np.uint8] | None = None
         self._resident: ResidentFrames | None = None
         self._pinned: PinnedFrames | None = None
+        self._auto: str | None = None  # where pixels_on auto has put the pixels
 
     # -- the recording -------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
         """Simulate the recording where it is absent and ``simulate`` is given (in one process only)."""
-        if self.simulate is None:
-            return
-        if not Path(self.path).exists():
-            simulated_tank(self.path, **self.simulate)
-            return
-        made = Recording.open(self.path).metadata
-        for option, value in self.simulate.items():
-            if option in made and made[option] != value:
-                rank_zero_warn(
-                    f"{self.path} is there already, with {option} {made[option]}; simulate.{option} {value} is not used"
-                )
+        simulate_where_absent(self.path, self.simulate)
 
     @property
     def recording(self) -> Recording:
@@ -340,14 +325,13 @@ class FishClips(ResumableDataModule):
             return "device" if self.pixels_on in ("device", "pinned") else "host"
         if self.pixels_on != "auto":
             return self.pixels_on
-        # Once there, its memory is no longer free: do not ask again.
-        if self._resident is not None or self._pinned is not None:
-            return "device" if self._pinned is None else "pinned"
-        device = torch.device("cuda") if self.trainer is None else self.trainer.strategy.root_device
-        if ResidentFrames.fits(len(self.recording), self.image_size, device):
-            return "device"
-        roomy = PinnedFrames.fits(len(self.recording), self.image_size, self._local_processes())
-        return "pinned" if roomy else "host"
+        # Asked once: memory is less later, by these frames and those of other processes, and samples go by the answer.
+        if self._auto is None:
+            device = torch.device("cuda") if self.trainer is None else self.trainer.strategy.root_device
+            on_gpu = ResidentFrames.fits(len(self.recording), self.image_size, device)
+            roomy = PinnedFrames.fits(len(self.recording), self.image_size, self._local_processes())
+            self._auto = "device" if on_gpu else "pinned" if roomy else "host"
+        return self._auto
 
     def _frames_on(self, device: torch.device) -> ResidentFrames:
         if self._resident is None or self._resident.frames.device != device:

@@ -14,6 +14,7 @@ import torch
 from convlstm_fish.data import clips, store
 from convlstm_fish.data.modules.augment import Augmentation
 from convlstm_fish.data.modules.base import Batch, Pixels, ResumableDataModule, Samples
+from convlstm_fish.data.modules.simulated import simulate_where_absent, simulator_options
 from convlstm_fish.data.recording import Recording
 from convlstm_fish.errors import UserError, require
 
@@ -31,7 +32,8 @@ def open_recordings(path: str | Path) -> list[Recording]:
         inside = sorted(
             child
             for child in folder.iterdir()
-            if (child.suffix.lower() in VIDEO_SUFFIXES and child.is_file()) or (child / store.JSON_FILE).exists()
+            if not child.name.startswith(".")  # what a killed writer left, or a Mac
+            and ((child.suffix.lower() in VIDEO_SUFFIXES and child.is_file()) or (child / store.JSON_FILE).exists())
         )
         if inside:
             return [Recording.open(child) for child in inside]
@@ -154,15 +156,12 @@ class RecordingFrames(ResumableDataModule):
         self.image_size = (size[0], size[1])
         self.stride, self.eval_stride = stride, eval_stride
         self.augmentation = None if flips == "none" else Augmentation(flips=flips)
-        self.simulate = None if simulate is None else dict(simulate)
+        self.simulate = simulator_options(simulate)
         self._recordings: list[Recording] | None = None
 
     def prepare_data(self) -> None:
         """Simulate the recording where it is absent and ``simulate`` is given (in one process only)."""
-        if self.simulate is not None and not Path(self.path).exists():
-            from convlstm_fish.data.simulate import simulate
-
-            simulate(self.path, **self.simulate)
+        simulate_where_absent(self.path, self.simulate)
 
     @property
     def recordings(self) -> list[Recording]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import Tensor
 from convlstm_fish.data.modules.base import by_words
 from convlstm_fish.data.modules.sending import Sender
 from convlstm_fish.data.recording import Recording
+from convlstm_fish.errors import UserError
 
 # Frames that are read and sent at a time while the recording is brought to the device.
 CHUNK = 1024
@@ -87,7 +90,9 @@ class PinnedFrames:
     def __init__(
         self, recording: Recording, rows: slice | np.ndarray, columns: slice | np.ndarray, size: tuple[int, int]
     ) -> None:
-        self.frames = torch.empty(len(recording), *size, dtype=torch.uint8, pin_memory=True)
+        self.frames = torch.empty(len(recording), *size, dtype=torch.uint8)
+        _pin(self.frames)
+        weakref.finalize(self, _unpin, self.frames)
         for start in range(0, len(recording), CHUNK):
             part = slice(start, start + CHUNK)
             recording.cut(part, rows, columns, out=self.frames[part].numpy())
@@ -103,14 +108,56 @@ class PinnedFrames:
         return sender.send(clips).unflatten(1, (-1, step_frames))
 
 
-def available_memory(proc: Path = Path("/proc"), control_group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes of the host's memory that can still be taken, by this container where there is one; 0 if not known."""
+def _pin(memory: Tensor) -> None:
+    """Let GPUs read the memory by themselves. What torch pins when it allocates is rounded up to a power of two.
+
+    Raises:
+        UserError: where the system does not let so much be pinned.
+    """
+    status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 1)  # for the GPUs of all contexts
+    if int(status) != 0:
+        raise UserError(
+            f"pixels_on pinned: {memory.nbytes / 1e9:.1f} GB of memory cannot be pinned ({status}); pixels_on host "
+            "reads them from the file"
+        )
+
+
+def _unpin(memory: Tensor) -> None:
+    torch.cuda.synchronize()  # what is being fetched
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
+
+def available_memory(proc: Path = Path("/proc"), control_groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of the host's memory that can still be taken, within the limits of this process; 0 if not known.
+
+    Limits are those of its control groups, as containers, SLURM and systemd set them, of either version.
+    """
     room = []
     with contextlib.suppress(OSError, KeyError, ValueError):
         lines = (line.split() for line in (proc / "meminfo").read_text().splitlines())
         room.append(1024 * int({words[0]: words[1] for words in lines}["MemAvailable:"]))
-    with contextlib.suppress(OSError, KeyError, ValueError):  # no file, or no limit ("max")
-        limit, used = (int((control_group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        statistics = dict(line.split() for line in (control_group / "memory.stat").read_text().splitlines())
-        room.append(limit - used + int(statistics["inactive_file"]))
+    for folder, (most, used, cached) in _control_groups(proc, control_groups):
+        with contextlib.suppress(OSError, KeyError, ValueError):  # no file, or no limit ("max")
+            limit, taken = (int((folder / name).read_text()) for name in (most, used))
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            room.append(limit - taken + int(statistics[cached]))
     return max(0, min(room, default=0))
+
+
+def _control_groups(proc: Path, root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """The folders of this process's memory limits, and what its files are called: limit, usage, cache that can go."""
+    version_1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+    version_2 = "memory.max", "memory.current", "inactive_file"
+    with contextlib.suppress(OSError):
+        for line in (proc / "self/cgroup").read_text().splitlines():
+            number, controllers, path = line.split(":", 2)
+            if number == "0":
+                top, names = root, version_2
+            elif "memory" in controllers.split(","):
+                top, names = root / "memory", version_1
+            else:
+                continue
+            group = Path(path.lstrip("/"))
+            # In a container the path may be the host's, and its top is where the limit stands.
+            for folder in (group, *group.parents):
+                yield top / folder, names

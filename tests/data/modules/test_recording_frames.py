@@ -102,6 +102,8 @@ def test_a_folder_of_recordings_and_videos(tmp_path: Path, monkeypatch: pytest.M
         writer.write(np.full((20, 32, 3), 4 * t, np.uint8))
     writer.release()
     (folder / "notes.txt").write_text("no recording")
+    (folder / "._b.avi").write_text("what a Mac leaves beside a file")
+    write(folder / ".a.replaced", 40)  # and a killed writer
     assert [r.name for r in open_recordings(folder)] == ["a", "b", "c"]
     data = RecordingFrames(
         str(folder), context_frames=2, future_frames=2, image_size=(9, 12), splits=(0.5, 0.25, 0.25), stride=1
@@ -123,6 +125,10 @@ def test_a_recording_is_simulated_on_first_use(tmp_path: Path) -> None:
     item = cut(data, "train", 1)[0]
     assert item["video"].shape == (1, 10, 1, 12, 16)
     assert 0.1 < item["video"].max() <= 1
+    with pytest.warns(UserWarning, match=r"is there already, with size \(240, 320\); simulate.size \[48, 64\] is not"):
+        RecordingFrames(str(path), simulate={"minutes": 0.05, "size": [48, 64]}).prepare_data()
+    with pytest.raises(UserError, match="simulate: 'minuts' is not an option of the simulator"):
+        RecordingFrames(str(path), simulate={"minuts": 1})
 
 
 def test_what_does_not_fit_is_told(tmp_path: Path) -> None:

@@ -122,12 +122,52 @@ def test_memory_that_the_host_or_its_container_can_spare(tmp_path: Path) -> None
     assert available_memory(tmp_path, tmp_path) == 0  # not known, so nothing is kept there
     (tmp_path / "meminfo").write_text("MemTotal:       32000 kB\nMemAvailable:   20000 kB\n")
     assert available_memory(tmp_path, tmp_path) == 20000 * 1024
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self/cgroup").write_text("0::/\n")
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("7000000\n")
     (tmp_path / "memory.stat").write_text("anon 1000\ninactive_file 3000000\n")
     assert available_memory(tmp_path, tmp_path) == 20000 * 1024
     (tmp_path / "memory.max").write_text("10000000\n")
     assert available_memory(tmp_path, tmp_path) == 6000000
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "names"),
+    [
+        ("0::/slurm/job_7/step_0", "", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "9:cpuset,memory:/slurm/job_7/step_0",
+            "memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+)
+def test_the_limit_of_a_job_may_stand_above_its_own_group(
+    tmp_path: Path, line: str, folder: str, names: tuple[str, str, str]
+) -> None:
+    (tmp_path / "self").mkdir()
+    (tmp_path / "meminfo").write_text("MemAvailable:   20000 kB\n")
+    (tmp_path / "self/cgroup").write_text(f"12:pids:/other\n{line}\n")
+    limits = {"slurm": 9 << 60, "slurm/job_7": 10_000_000, "slurm/job_7/step_0": 9 << 60}
+    for group, limit in limits.items():
+        place = tmp_path / folder / group
+        place.mkdir(parents=True, exist_ok=True)
+        for name, value in zip(names[:2], (limit, 7_000_000)):
+            (place / name).write_text(f"{value}\n")
+        (place / "memory.stat").write_text(f"{names[2]} 3000000\n")
+    assert available_memory(tmp_path, tmp_path) == 6_000_000
+
+
+def test_auto_keeps_to_its_first_answer(tank: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = FishClips(str(tank.path), clip_frames=8, horizon_seconds=0.5)
+    data._on_cuda = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(ResidentFrames, "fits", lambda *args: False)
+    room = iter([True, False])  # once other processes have taken theirs
+    monkeypatch.setattr(PinnedFrames, "fits", lambda *args: next(room))
+    data.setup("test")
+    assert data._split("test").pixels is None
+    assert data._pixels_lie_on() == "pinned"
 
 
 def test_a_recording_is_pinned_where_every_process_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
