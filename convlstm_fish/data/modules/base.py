@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -97,9 +97,12 @@ class _KeyedDataset(Dataset[Batch]):
     def _readers(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self.threads)
 
-    def __getitems__(self, keys: list[Key]) -> Batch:
+    def __getitems__(self, keys: list[Key]) -> Batch | Exception:
         if get_worker_info() is not None:
-            return batch_of(self.samples, keys)
+            try:
+                return batch_of(self.samples, keys)
+            except (UserError, OSError) as error:
+                return error  # torch would send its traceback as its text; the loader raises it
         return batch_of(self.samples, keys, self.pinned, self._readers.map)
 
 
@@ -116,6 +119,14 @@ def _processors() -> int:
 
 def _as_it_is(batch: Batch) -> Batch:
     return batch
+
+
+def _raised(batches: Iterator[Batch | Exception]) -> Iterator[Batch]:
+    """Batches, until one is an error of the loader process that should have made it."""
+    for batch in batches:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
 
 
 _STOPS = {getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)}
@@ -136,11 +147,13 @@ class _Loader(DataLoader[Batch]):
     """A loader whose processes hear of no signal, not even while they start."""
 
     def __iter__(self) -> Any:
-        if not self.num_workers or not hasattr(signal, "pthread_sigmask"):
+        if not self.num_workers:
             return super().__iter__()
+        if not hasattr(signal, "pthread_sigmask"):
+            return _raised(super().__iter__())
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
         try:
-            return super().__iter__()
+            return _raised(super().__iter__())
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

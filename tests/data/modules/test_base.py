@@ -12,12 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from pytorch_lightning.strategies import DDPStrategy
 
-from convlstm_fish.data.modules import FishClips, ResumableDataModule
+from convlstm_fish.data.modules import FishClips, RecordingFrames, ResumableDataModule
 from convlstm_fish.data.modules.base import collate
 from convlstm_fish.data.recording import Recording
 from convlstm_fish.errors import UserError
@@ -304,6 +306,19 @@ def test_a_frame_that_cannot_be_read_is_told_from_a_thread(tank: Recording, monk
     monkeypatch.setattr(Recording, "cut", cut)
     with pytest.raises(UserError, match=r"^00007\.png: is not a readable image$"):
         next(iter(data.train_dataloader()))
+
+
+def test_a_frame_that_cannot_be_read_is_told_from_a_loader_process_in_one_line(tmp_path: Path) -> None:
+    for t in range(30):
+        Image.fromarray(np.full((12, 16), t, np.uint8)).save(tmp_path / f"{t:05d}.png")
+    (tmp_path / "00005.png").write_bytes((tmp_path / "00005.png").read_bytes()[:50])
+    data = RecordingFrames(
+        str(tmp_path), 4, context_frames=2, future_frames=1, image_size=(12, 16), splits=(0.6, 0.2, 0.2), num_workers=1
+    )
+    data.setup("fit")
+    with pytest.raises(UserError, match=r"^frame 5, \S+00005\.png: cannot be decoded; the file is damaged") as error:
+        list(data.train_dataloader())
+    assert "Traceback" not in str(error.value)
 
 
 @pytest.mark.gpu
