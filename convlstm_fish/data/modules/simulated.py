@@ -9,6 +9,7 @@ from typing import Any
 
 from pytorch_lightning.utilities import rank_zero_warn
 
+from convlstm_fish.data import store
 from convlstm_fish.data.recording import Recording
 from convlstm_fish.data.simulate import simulate
 from convlstm_fish.errors import require
@@ -33,6 +34,8 @@ def simulate_where_absent(path: str, options: Mapping[str, Any] | None) -> None:
     if not Path(path).exists():
         simulate(path, **options)
         return
+    if not (Path(path) / store.JSON_FILE).exists():
+        return  # a film, or a folder of them
     there = Recording.open(path)
     made = {**there.metadata, "size": there.size, "fps": there.fps}
     for option, value in options.items():

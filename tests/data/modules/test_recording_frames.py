@@ -106,8 +106,15 @@ def test_a_folder_of_recordings_and_videos(tmp_path: Path, monkeypatch: pytest.M
     write(folder / ".a.replaced", 40)  # and a killed writer
     assert [r.name for r in open_recordings(folder)] == ["a", "b", "c"]
     data = RecordingFrames(
-        str(folder), context_frames=2, future_frames=2, image_size=(9, 12), splits=(0.5, 0.25, 0.25), stride=1
+        str(folder),
+        context_frames=2,
+        future_frames=2,
+        image_size=(9, 12),
+        splits=(0.5, 0.25, 0.25),
+        stride=1,
+        simulate={"minutes": 1},  # as fish_frames.yaml has it
     )
+    data.prepare_data()
     train = cut(data, "train")
     starts = [int(item["index"]) for item in train]
     assert starts == [*range(17), *range(40, 62), *range(90, 117)]
