@@ -111,6 +111,8 @@ class ConvLSTMCell(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("in_channels", in_channels), ("hidden_channels", hidden_channels)):
+            if not isinstance(value, int):
+                raise TypeError(f"{name} must be one int, the same for every layer, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not isinstance(kernel_size, int):

@@ -370,3 +370,8 @@ def test_says_what_it_is() -> None:
         assert part in text
     assert "kernel_size=(5, 5)" in text
     assert "bias=False" in text
+
+
+def test_layers_have_one_width() -> None:
+    with pytest.raises(TypeError, match=r"hidden_channels must be one int, the same for every layer, got \[8, 16\]"):
+        ConvLSTM(3, [8, 16], 3, num_layers=2)  # type: ignore[arg-type]
