@@ -97,6 +97,12 @@ def _split(images: Tensor, labels: Tensor | None, source: str) -> DigitSet:
     )
 
 
+def has_idx_labels(folder: Path) -> bool:
+    """Whether there are labels to all the images that `idx_digits` finds."""
+    kinds = [kind for kind in ("train", "t10k") if _find(folder, f"{kind}-images-idx3-ubyte")]
+    return bool(kinds) and all(_find(folder, f"{kind}-labels-idx1-ubyte") for kind in kinds)
+
+
 def idx_digits(folder: str | Path) -> DigitSet:
     """MNIST (or Fashion-MNIST, or any set in its form) from the IDX files in ``folder``.
 

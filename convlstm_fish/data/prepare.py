@@ -300,11 +300,13 @@ def describe(recording: Recording) -> list[str]:
         f"({ahead / recording.fps:.2f} s){other}"
     )
     made = recording.labels(first=rule["first"], horizon=ahead)
-    rates = []
+    rates, counts = [], []
     for name, (start, stop) in recording.splits.items():
         ends = clips.clip_ends(start, stop, clip, ahead)
+        counts.append(f"{name} {len(ends)}")
         if len(ends):
             rates.append((name, 100 * float(made[ends].mean())))
+    lines.append(f"clips: {', '.join(counts)}, one for each frame that has a whole clip before it and a label")
     if rates:
         lines.append(
             f"positive labels at threshold {c:.3g}: "

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convlstm_fish.data import labels
+from convlstm_fish.data import clips, labels
 from convlstm_fish.data.prepare import describe, inner_size, prepare
 from convlstm_fish.data.recording import Recording
 from convlstm_fish.data.video import VideoReader
@@ -133,6 +133,8 @@ def test_label_windows_follow_seconds(film: Path, tmp_path: Path) -> None:
         for line in told
     )
     assert not any("need" in line for line in told)
+    ends = [len(clips.clip_ends(*made.splits[name], 16, 8)) for name in ("train", "validation", "test")]
+    assert f"clips: train {ends[0]}, validation {ends[1]}, test {ends[2]}, one for each frame" in "\n".join(told)
 
 
 def test_a_short_recording_is_told_what_fits(film: Path, tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ class DigitClips(DigitStream):
         UserError: for options and files that make no sense, and for digits without labels.
     """
 
+    takes_labels = True
+
     def __init__(
         self,
         path: str | None = None,

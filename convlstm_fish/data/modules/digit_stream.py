@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from convlstm_fish.data.digits import DigitSet, drawn_digits, idx_digits
+from convlstm_fish.data.digits import DigitSet, drawn_digits, has_idx_labels, idx_digits
 from convlstm_fish.data.modules.base import Batch, ResumableDataModule, Samples
 from convlstm_fish.errors import require
 
@@ -55,6 +55,8 @@ class DigitStream(ResumableDataModule):
         digit_size: side that digits are made smaller to by averaging, or None for their own.
     """
 
+    takes_labels = False  # whether it has no use for digits without labels
+
     def __init__(
         self,
         path: str | None,
@@ -93,8 +95,9 @@ class DigitStream(ResumableDataModule):
 
     @property
     def draws_digits(self) -> bool:
-        """Whether the digits are drawn from a font, there being none on disk."""
-        return self.path is None and not DEFAULT_PATH.is_dir()
+        """Whether the digits are drawn from a font, there being none on disk, or none with the labels that it takes."""
+        there = has_idx_labels(DEFAULT_PATH) if self.takes_labels else DEFAULT_PATH.is_dir()
+        return self.path is None and not there
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -107,8 +110,9 @@ class DigitStream(ResumableDataModule):
             return idx_digits(DEFAULT_PATH if self.path is None else self.path)
         digits = drawn_digits()
         sizes = "/".join(str(size) for size in self.sizes.values())
+        kind = "labelled digits" if self.takes_labels else "digits"
         _say(
-            f"No digits on disk: using {digits.source}, {sizes} sequences to train, validate and test. "
+            f"No {kind} on disk: using {digits.source}, {sizes} sequences to train, validate and test. "
             f"For MNIST itself put its IDX files into {DEFAULT_PATH} or give their folder: --data.path FOLDER"
         )
         return digits

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from pytorch_lightning.utilities import rank_zero_warn
 
 from convlstm_fish.data import clips
 from convlstm_fish.data import labels as rules
@@ -21,6 +22,7 @@ from convlstm_fish.errors import UserError, require
 INPUT_FORMS = ("time_channels", "single_channel")
 PIXELS_ON = ("auto", "device", "pinned", "host")
 UNKNOWN = -1
+_BRIGHT = 64  # the background of a film as it was taken, not of a recording
 
 
 class ClipSamples:
@@ -286,6 +288,12 @@ class FishClips(ResumableDataModule):
         needed = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, (stage,))
         for split in needed:
             self._split(split)
+        brightness = float(np.median(self.recording.cut(slice(0, 1))))
+        if brightness > _BRIGHT:
+            rank_zero_warn(
+                f"{self.path}: its first frame is bright (median {brightness:.0f} of 255), a recording has bright fish "
+                f"on black; main.py prepare {self.path} --out FOLDER makes one"
+            )
 
     def samples(self, split: str) -> ClipSamples:
         """The clips of "train", "validation", "test" or "predict"."""

@@ -178,6 +178,16 @@ def test_memory_does_not_grow_with_the_recording(tmp_path: Path) -> None:
     assert resident() - before < 30_000  # kB, of 230,400
 
 
+def test_a_film_as_it_was_taken_gets_a_warning(tank: Recording, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"clip_frames": 8, "horizon_seconds": 0.5}
+    FishClips(str(tank.path), **options).setup("test")  # in these tests a warning would be an error
+    with RecordingWriter(tmp_path / "raw", tank.frames.shape, 10, clip_frames=8, horizon=5) as writer:
+        writer.append(255 - np.asarray(tank.frames))
+        writer.finish()
+    with pytest.warns(UserWarning, match=r"raw: its first frame is bright \(median 255 of 255\).*main.py prepare"):
+        FishClips(str(tmp_path / "raw"), **options).setup("test")
+
+
 def test_an_absent_recording_is_simulated_once(tmp_path: Path) -> None:
     path = str(tmp_path / "tank")
     options = {"minutes": 0.05, "seed": 3, "size": [48, 64], "quiet": True}

@@ -219,6 +219,23 @@ def test_clips_to_classify(tmp_path: Path) -> None:
         assert wanted in truth[match[:, 0]].tolist()
 
 
+def test_digits_without_labels_on_disk_do_not_stand_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data/mnist"
+    folder.mkdir(parents=True)
+    write_digits(folder)
+    data = DigitClips()
+    data.setup("fit")
+    assert data.digits.labels is not None
+    assert "No labelled digits on disk: using 3000 digits drawn from a font" in capsys.readouterr().out
+    write_digits(folder, labels=True)
+    data = DigitClips()
+    data.setup("fit")
+    assert data.digits.source == "IDX files in data/mnist"
+
+
 def test_labels_are_needed_to_classify(tmp_path: Path) -> None:
     write_digits(tmp_path)
     with pytest.raises(UserError, match="without labels"):
