@@ -96,6 +96,7 @@ def scored_frames(
     """
     start = scaled_frames(PUBLISHED_CLIP, fps) - 1 if first is None else first
     stop = length - 1 - scaled_frames(PUBLISHED_TAIL, fps) if last is None else last + 1
+    fitting = sorted({length, length - start, stop - start}, reverse=True)
     if start < 0 or (last is not None and last >= length):
         raise UserError(f"--first_frame {start}, --last_frame {last}: the split has frames 0 to {length - 1}")
     for name, values in series.items():
@@ -103,6 +104,12 @@ def scored_frames(
             raise UserError(f"--probabilities {name}: one value a frame expected, got shape {values.shape}")
         if len(values) == length:
             continue
+        if first is None and len(values) not in fitting:
+            raise UserError(
+                f"--probabilities {name}: {len(values)} values for the {length} frames of --motion: give "
+                f"{', '.join(map(str, fitting[:-1]))} or {fitting[-1]} of them, or say with --first_frame which frame "
+                "the first value is of"
+            )
         if start + len(values) > length:
             raise UserError(
                 f"--probabilities {name}: {len(values)} values from frame {start} on reach beyond the {length} frames "

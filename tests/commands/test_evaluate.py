@@ -132,11 +132,14 @@ def test_options_reach_the_evaluation(files: dict[str, str], tmp_path: Path) -> 
 
 
 def test_frames_of_series() -> None:
-    series = {"a": np.arange(100.0), "b": np.arange(50.0)}
+    series = {"a": np.arange(100.0), "b": np.arange(57.0), "c": np.arange(61.0)}
     frames, values = command.scored_frames(series, 100, 10.0, None, None)
-    np.testing.assert_array_equal(frames, np.arange(39, 89))
-    np.testing.assert_array_equal(values["a"], np.arange(39, 89))
-    np.testing.assert_array_equal(values["b"], np.arange(50))
+    np.testing.assert_array_equal(frames, np.arange(39, 96))
+    np.testing.assert_array_equal(values["a"], np.arange(39, 96))
+    np.testing.assert_array_equal(values["b"], np.arange(57))
+    np.testing.assert_array_equal(values["c"], np.arange(57))
+    with pytest.raises(UserError, match="b: 50 values for the 100 frames of --motion: give 100, 61 or 57 of them, or"):
+        command.scored_frames({"b": np.arange(50.0)}, 100, 10.0, None, None)
     frames, values = command.scored_frames({"b": np.arange(50.0)}, 100, 10.0, 20, 60)
     np.testing.assert_array_equal(frames, np.arange(20, 61))
     np.testing.assert_array_equal(values["b"], np.arange(41))
