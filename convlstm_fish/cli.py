@@ -67,6 +67,13 @@ def main(args: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "convlstm_fish":
+            raise
+        return _fail(
+            f"{error.name}: is not installed for {sys.executable}; `source .venv/bin/activate` takes the environment "
+            "that make train has made, pip install . makes one of your own"
+        )
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130

@@ -82,7 +82,8 @@ def write_predictions(
     """Gather what every process predicted, and write it in the first one.
 
     Probabilities become predictions.csv; predicted frames predictions.npz, with ``index`` (K,) and ``frames``
-    (K, T', C, H, W), uint8, and the first few of them predictions.gif, to look at.
+    (K, T', C, H, W), uint8, and the first few of them predictions.gif, to look at. What is there already stays: the
+    next ones are predictions_2 and so on.
 
     Args:
         trainer: after ``predict``.
@@ -98,27 +99,38 @@ def write_predictions(
         return None
     index = torch.cat([part["index"].cpu() for part in parts]).numpy()
     order = np.argsort(index, kind="stable")
+    film = getattr(datamodule, "path", None)
+    of = "" if film is None else f" of {film}"
     if "frames" in parts[0]:
-        path = folder / "predictions.npz"
         folder.mkdir(parents=True, exist_ok=True)
-        beside = folder / "predictions.npz.tmp"
+        path = free_name(folder / "predictions.npz")
+        beside = path.with_suffix(".npz.tmp")
         with open(beside, "wb") as file:
             np.savez(
                 file, index=index[order], frames=torch.cat([part["frames"].cpu() for part in parts]).numpy()[order]
             )
         os.replace(beside, path)
-        print(f"{len(index)} predicted sequences: {path}")
+        print(f"{len(index)} predicted sequences{of}: {path}")
         if "given" in parts[0]:
-            shown = folder / "predictions.gif"
+            shown = path.with_suffix(".gif")
             shown.write_bytes(encode_gif(predicted_video(parts[0]["given"], parts[0]["frames"]), PREDICTED_FPS))
             print(f"the first of them, predicted frames with a white edge: {shown}")
         return path
     probability = torch.cat([part["probability"].float().cpu() for part in parts]).numpy()
     fps = datamodule.fps if isinstance(datamodule, FishClips) else None
-    path = folder / "predictions.csv"
+    path = free_name(folder / "predictions.csv")
     write_text(path, predictions_csv(index[order], probability[order], fps))
-    print(f"{len(index)} predictions: {path}")
+    print(f"{len(index)} predictions{of}: {path}")
     return path
+
+
+def free_name(path: Path) -> Path:
+    """The path, or where a file stands there the first free one of NAME_2, NAME_3, ...: predictions of other films."""
+    free, number = path, 1
+    while free.exists():
+        number += 1
+        free = path.with_stem(f"{path.stem}_{number}")
+    return free
 
 
 def predicted_video(given: torch.Tensor, predicted: torch.Tensor) -> npt.NDArray[np.uint8]:

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -65,6 +66,13 @@ def test_fit_test_validate_predict(config: str, tmp_path: Path, capsys: pytest.C
     assert float(rows[0]["time_s"]) == pytest.approx(547 / 30, abs=1e-4)
     assert all(0 <= float(row["probability"]) <= 1 for row in rows)
     assert [p.name for p in run.parent.iterdir()] == ["version_0"]
+    # The predictions of another film do not take their place.
+    capsys.readouterr()
+    before = (run / "predictions.csv").read_bytes()
+    assert main(["predict", "--config", config, "--data.predict_split=test"]) == 0
+    assert "predictions_2.csv" in capsys.readouterr().out
+    assert (run / "predictions.csv").read_bytes() == before
+    assert (run / "predictions_2.csv").read_bytes() != before
 
 
 def test_the_saved_config_repeats_the_run(
@@ -183,6 +191,30 @@ def test_another_logger_by_its_class(config: str, tmp_path: Path) -> None:
 
 
 # -- what is told ------------------------------------------------------------------------------------------------------
+
+
+def test_a_misspelt_recording_is_not_simulated(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    simulating = tmp_path / "simulating.yaml"
+    content = yaml.safe_load(Path(config).read_text())
+    content["data"]["init_args"] |= {"path": "tank", "simulate": {"minutes": 0.5, "size": [24, 32]}}
+    simulating.write_text(yaml.safe_dump(content))
+    fit = ["fit", "--config", str(simulating), "--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
+    assert main([*fit, "--data.path=tnak"]) == 2
+    assert "error: tnak: no such recording" in capsys.readouterr().err
+    assert main(fit) == 0
+    assert (tmp_path / "tank").is_dir()
+    assert not (tmp_path / "tnak").exists()
+
+
+def test_a_package_that_is_not_installed_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    monkeypatch.delitem(sys.modules, "convlstm_fish.cli_errors", raising=False)
+    assert main(["simulate", "--out", "x"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: jsonargparse: is not installed for ")
+    assert error.count("\n") == 1
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
