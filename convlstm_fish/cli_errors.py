@@ -20,6 +20,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def told_shortly(message: object) -> str:
     """What jsonargparse says over many lines, in one: the option, what it expects, and what it got."""
     whole = str(message)
+    whole = re.sub(r'Parser key "([^"]*)" element \d+:', r'Parser key "\1":', whole)
     keys = re.findall(r'Parser key "([^"]*)":', whole)
     text, given = whole, None
     if union := re.search(r"Errors:\n(.*?)\n\s*Given value type", whole, re.DOTALL):
@@ -31,6 +32,8 @@ def told_shortly(message: object) -> str:
     text = re.sub(r"[Ee]xpected an? ", "expected ", text)
     text = re.sub(r"<class '(?:[\w.]*\.)?(\w*)'>", r"\1", text).replace("typing.", "")
     text = re.sub(r"(^|\s)- ", r"\1", text)
+    text = re.sub(r"Not of type \w+: (\S+) does not conform to restriction v(>=?)0$", r"\1 is not a number \2 0", text)
+    text = re.sub(r"Not of type \w+: invalid literal for int\(\).*: '(.*)'$", r"expected int. Got value: \1", text)
     text = re.sub(r"expected dot import path string: (\S+)", r"no class \1 is known", text)
     if given and len(given[1]) < 80 and given[1] not in text:
         text = f"{text}. Got value: {given[1]}"
@@ -51,13 +54,17 @@ class OneLineErrors:
         told = told_shortly(message)
         if unknown := re.match(r"unrecognized arguments: (--[^\s=]+)", told):
             told += did_you_mean(unknown[1], (f"--{name}" for name in self._options()))
-        elif unknown := re.match(r"Option '([^']+)' is not accepted$", told):  # by a class
-            told += did_you_mean(unknown[1], self._options())
+        elif unknown := re.match(r"(?:Option|Subcommand '\w+' does not accept option) '([^']+)'", told):
+            told += did_you_mean(unknown[1], self._options())  # of a class, or in a config
         sys.stderr.write(f"error: {told} (see --help)\n")
         sys.exit(2)
 
     def _options(self) -> dict[str, Any]:
-        actions: dict[str, Any] = getattr(self, "_option_string_actions", {})
+        """Of this parser and of its subcommands, without the dashes."""
+        actions: dict[str, Any] = dict(getattr(self, "_option_string_actions", {}))
+        for action in getattr(self, "_actions", ()):
+            for parser in (getattr(action, "_name_parser_map", None) or {}).values():
+                actions |= parser._option_string_actions
         return {name.removeprefix("--"): action for name, action in actions.items() if name.startswith("--")}
 
     def _as_typed(self, name: str) -> str:

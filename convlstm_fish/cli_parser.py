@@ -145,6 +145,8 @@ class Request:
     run_dir: Path
     """The folder below which the experiment's runs lie."""
     checkpoint: Path | None
+    named_configs: list[str]
+    """Those of the command line."""
 
 
 def normalise(args: Sequence[str]) -> Request:
@@ -191,11 +193,12 @@ def normalise(args: Sequence[str]) -> Request:
                 raise UserError(
                     f"{source}: neither a {CONFIG} beside it nor the file tells which clips it is for; give --config"
                 )
-            configs = [*configs, json.dumps({"data": {"init_args": clips}})]
+            # The quick start's other options are for its own recording.
+            configs = [*configs, json.dumps({"data": {"init_args": {"eval_stride": 1, "simulate": None, **clips}}})]
     arguments = [part for path in configs for part in ("--config", path)]
     if checkpoint is not None and (known := hyper_parameters(checkpoint, saved)):
         arguments += ["--config", json.dumps({"model": {"init_args": known}})]
-    return Request(subcommand, arguments + rest, run_dir, checkpoint)
+    return Request(subcommand, arguments + rest, run_dir, checkpoint, [find_config(name) for name in named])
 
 
 def _run_dir(args: Sequence[str], configs: Sequence[str]) -> Path:

@@ -85,7 +85,7 @@ class FishCLI(LightningCLI):
 
     def __init__(self, request: Request) -> None:
         self.arguments, self.run_dir, self.checkpoint = request.arguments, request.run_dir, request.checkpoint
-        self.subcommand_asked = request.subcommand
+        self.subcommand_asked, self.named_configs = request.subcommand, request.named_configs
         self.saved: dict[str, Any] = load_checkpoint(self.checkpoint) if self.checkpoint else {}
         self.source = self.checkpoint
         super().__init__(
@@ -190,6 +190,7 @@ class FishCLI(LightningCLI):
             config.data.init_args.batch_size = int(config.batch_size)
         if not self._names_data_seed() and "seed" in config.data.init_args:
             config.data.init_args.seed = int(config.seed_everything)
+        self._simulate_no_misspelt_path(config)
         if config.weights:
             self.saved, self.source = load_checkpoint(config.weights), Path(config.weights)
         told = ("tensorboard", "test_after_fit", "save_every_minutes", "cuda_graphs")
@@ -209,6 +210,31 @@ class FishCLI(LightningCLI):
                 raise UserError(
                     f"--model.{name} {now[name]}: the checkpoint was trained with {before}, and a resumed run keeps "
                     f"its settings; leave the option out, or start anew from the weights: --weights {self.checkpoint}"
+                )
+
+    def _simulate_no_misspelt_path(self, config: Any) -> None:
+        """A config's recording is simulated where it is absent, one that the command line names only if told there."""
+        typed = option(self.arguments, "--data.path", "--data.init_args.path") is not None
+        told = any(a.startswith(("--data.simulate", "--data.init_args.simulate")) for a in self.arguments)
+        data = config.data.init_args
+        if typed and not told and "simulate" in data and not Path(data.path).exists():
+            data.simulate = None
+
+    def _tell_of_other_settings(self) -> None:
+        """Of a checkpoint's hyper-parameters that a config named beside it has otherwise, for they beat it."""
+        known = hyper_parameters(self.checkpoint, self.saved) if self.checkpoint else {}
+        for path in self.named_configs:
+            section = read_config(path).get("model") or {}
+            wanted = (section.get("init_args") or {}) if isinstance(section, dict) else {}
+            other = [
+                f"{name} {wanted[name]} (there {known[name]})"
+                for name in known
+                if name in wanted and name != "backend" and _plain(wanted[name]) != _plain(known[name])
+            ]
+            if other:
+                print(
+                    f"--config {path}: the network and its settings are those of checkpoint {self.checkpoint}; not "
+                    f"used: {', '.join(other)}"
                 )
 
     def _names_data_seed(self) -> bool:
@@ -310,6 +336,7 @@ class FishCLI(LightningCLI):
         with ExitStack() as stack:
             if self.trainer.is_global_zero:
                 stack.callback(self.folder.discard)
+                self._tell_of_other_settings()
             if self.short["tensorboard"] and self.trainer.is_global_zero:
                 server = stack.enter_context(TensorBoardServer(self.folder.path.parent))
                 print(f"TensorBoard: {server.url}", flush=True)
@@ -340,6 +367,15 @@ class FishCLI(LightningCLI):
         if self.saved and resumed is None:
             self.model.load_state_dict(self.saved["state_dict"])
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=resumed)
+        if (
+            resumed is not None
+            and self.trainer.global_step == self.saved["global_step"]
+            and not self.trainer.should_stop
+        ):
+            print(
+                f"nothing was left to train: {resumed} has done {self.trainer.current_epoch} epochs and "
+                f"{self.trainer.global_step} steps; a larger --trainer.max_epochs goes on"
+            )
         if self.short["test_after_fit"] and not self.config.fit.trainer.fast_dev_run:
             checkpoints = self.folder.path / CHECKPOINTS
             best = checkpoints / "best.ckpt"

@@ -156,7 +156,7 @@ def test_a_checkpoint_without_a_config_beside_it_needs_one(tmp_path: Path) -> No
             normalise(args)
     assert normalise(["test", "--ckpt_path", alone, "--config", "fish_serenity"]).checkpoint == Path(alone)
     told = str(save(tmp_path / "told.ckpt", datamodule_hyper_parameters={"clip_frames": 120}))
-    clips = json.dumps({"data": {"init_args": {"clip_frames": 120}}})
+    clips = json.dumps({"data": {"init_args": {"eval_stride": 1, "simulate": None, "clip_frames": 120}}})
     assert normalise(["test", "--ckpt_path", told]).arguments[2:4] == ["--config", clips]
 
 

@@ -127,6 +127,19 @@ def test_resuming_keeps_the_settings_and_weights_start_anew(
     assert after["hyper_parameters"]["lr"] == 1e-30
     assert all(torch.equal(before[n], v) for n, v in after["state_dict"].items() if n.endswith("weight_ih"))
 
+    # A run that is done says so, and settings that a checkpoint beats are told.
+    other = tmp_path / "other.yaml"
+    other.write_text(Path(config).read_text().replace("lr: 0.01", "lr: 0.7"))
+    capsys.readouterr()
+    assert (
+        main(["fit", "--config", str(other), "--ckpt_path", last, "--run_dir", "runs/tiny", "--trainer.max_epochs=1"])
+        == 0
+    )
+    told = capsys.readouterr().out
+    assert f"--config {other}: the network and its settings are those of checkpoint {last}; not used: lr 0.7" in told
+    assert "nothing was left to train" in told
+    assert "has done 1 epochs" in told
+
     # Another experiment that goes on from this run has a folder of its own.
     assert main(["fit", "--config", config, "--run_dir", "other", "--ckpt_path", last]) == 0
     assert (tmp_path / "other/version_0/checkpoints/last.ckpt").is_file()

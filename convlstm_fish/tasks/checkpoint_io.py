@@ -32,6 +32,8 @@ def check_checkpoint(path: str | os.PathLike[str]) -> None:
     text = os.fspath(path)
     if "://" in text:
         raise UserError(f"checkpoint {text}: only local files are read; download it and look where it comes from")
+    if os.path.isdir(text):
+        raise UserError(f"checkpoint {text}: is a folder; name a .ckpt file, as those in a run's checkpoints/")
     if not os.path.isfile(text):
         raise UserError(f"checkpoint {text}: no such file")
     try:
@@ -39,7 +41,8 @@ def check_checkpoint(path: str | os.PathLike[str]) -> None:
             packed = [record.filename for record in archive.infolist() if record.compress_type != zipfile.ZIP_STORED]
             damaged = None if packed else archive.testzip()
     except Exception as error:  # zipfile raises a dozen kinds for damaged headers
-        raise UserError(f"checkpoint {text}: not a readable checkpoint ({error})") from None
+        reason = "incomplete, or no checkpoint at all" if isinstance(error, zipfile.BadZipFile) else error
+        raise UserError(f"checkpoint {text}: not a readable checkpoint ({reason})") from None
     if packed:
         raise UserError(f"checkpoint {text}: not a readable checkpoint (record {packed[0]} is compressed)")
     if damaged:

@@ -83,8 +83,11 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
         check_checkpoint("http://127.0.0.1:9/a.ckpt")
     with pytest.raises(UserError, match="no such file"):
         check_checkpoint(tmp_path / "absent.ckpt")
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match=r"is a folder; name a \.ckpt file"):
         check_checkpoint(tmp_path)
+    (tmp_path / "cut.ckpt").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"not a readable checkpoint \(incomplete, or no checkpoint at all"):
+        check_checkpoint(tmp_path / "cut.ckpt")
     torch.save(torch.zeros(3), tmp_path / "tensor.ckpt")
     with pytest.raises(UserError, match="no state_dict"):
         load_checkpoint(tmp_path / "tensor.ckpt")
