@@ -214,10 +214,12 @@ class FishCLI(LightningCLI):
 
     def _simulate_no_misspelt_path(self, config: Any) -> None:
         """A config's recording is simulated where it is absent, one that the command line names only if told there."""
-        typed = option(self.arguments, "--data.path", "--data.init_args.path") is not None
+        typed = option(self.arguments, "--data.path", "--data.init_args.path")
         told = any(a.startswith(("--data.simulate", "--data.init_args.simulate")) for a in self.arguments)
+        if typed is None or told or typed in (options.get("path") for options in self._data_options_of_configs()):
+            return
         data = config.data.init_args
-        if typed and not told and "simulate" in data and not Path(data.path).exists():
+        if "simulate" in data and not Path(data.path).exists():
             data.simulate = None
 
     def _tell_of_other_settings(self) -> None:
@@ -240,9 +242,12 @@ class FishCLI(LightningCLI):
     def _names_data_seed(self) -> bool:
         if option(self.arguments, "--data.seed", "--data.init_args.seed") is not None:
             return True
+        return any("seed" in options for options in self._data_options_of_configs())
+
+    def _data_options_of_configs(self) -> list[dict[str, Any]]:
         files = [a for a, b in zip(self.arguments[1:], self.arguments) if b == "--config" and not a.startswith("{")]
-        data = [read_config(path).get("data") for path in files]
-        return any("seed" in (part.get("init_args") or {}) for part in data if isinstance(part, dict))
+        sections = [read_config(path).get("data") for path in files]
+        return [section.get("init_args") or {} for section in sections if isinstance(section, dict)]
 
     # -- building ------------------------------------------------------------------------------------------------------
 
