@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 import warnings
-from contextlib import ExitStack, redirect_stderr
+from contextlib import ExitStack, redirect_stderr, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -427,7 +427,10 @@ def _while_restoring(error: Exception) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A hyper-parameter without the difference between tuples and lists."""
+    """A hyper-parameter without the difference between tuples and lists, or 8e-5 as YAML reads it, which is text."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 

@@ -129,7 +129,7 @@ def test_resuming_keeps_the_settings_and_weights_start_anew(
 
     # A run that is done says so, and settings that a checkpoint beats are told.
     other = tmp_path / "other.yaml"
-    other.write_text(Path(config).read_text().replace("lr: 0.01", "lr: 0.7"))
+    other.write_text(Path(config).read_text().replace("lr: 0.01", "lr: 0.7").replace("dropout: 0.2", "dropout: 2e-1"))
     capsys.readouterr()
     assert (
         main(["fit", "--config", str(other), "--ckpt_path", last, "--run_dir", "runs/tiny", "--trainer.max_epochs=1"])
@@ -137,6 +137,7 @@ def test_resuming_keeps_the_settings_and_weights_start_anew(
     )
     told = capsys.readouterr().out
     assert f"--config {other}: the network and its settings are those of checkpoint {last}; not used: lr 0.7" in told
+    assert "dropout" not in told
     assert "nothing was left to train" in told
     assert "has done 1 epochs" in told
 
