@@ -56,3 +56,9 @@ def read_config(path: str) -> dict[str, Any]:
             f"--config {path}: must hold keys such as model, data and trainer, got {type(content).__name__}"
         )
     return content
+
+
+def class_options(path: str, section: str) -> dict[str, Any]:
+    """The options that a config file gives the class of its section "model" or "data"."""
+    found = read_config(path).get(section)
+    return (found.get("init_args") or {}) if isinstance(found, dict) else {}

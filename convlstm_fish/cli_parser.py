@@ -170,7 +170,7 @@ def normalise(args: Sequence[str]) -> Request:
     for name in FIT_ONLY if subcommand != "fit" else ():
         if option(rest, name) is not None:
             raise UserError(f"{name}: is an option of fit, not of {subcommand}")
-    configs = [find_config(name) for name in named]
+    configs = named_configs = [find_config(name) for name in named]
     names_classes = option(rest, "--model", "--model.class_path", "--data", "--data.class_path") is not None
     fallback = [] if names_classes else [find_config(DEFAULT_CONFIG)]
     run_dir = _run_dir(rest, configs or fallback)
@@ -198,7 +198,7 @@ def normalise(args: Sequence[str]) -> Request:
     arguments = [part for path in configs for part in ("--config", path)]
     if checkpoint is not None and (known := hyper_parameters(checkpoint, saved)):
         arguments += ["--config", json.dumps({"model": {"init_args": known}})]
-    return Request(subcommand, arguments + rest, run_dir, checkpoint, [find_config(name) for name in named])
+    return Request(subcommand, arguments + rest, run_dir, checkpoint, named_configs)
 
 
 def _run_dir(args: Sequence[str], configs: Sequence[str]) -> Path:

@@ -7,9 +7,8 @@ import json
 import logging
 import os
 import sys
-import traceback
 import warnings
-from contextlib import ExitStack, redirect_stderr, suppress
+from contextlib import ExitStack, redirect_stderr
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.plugins.io import CheckpointIO
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from convlstm_fish.cli_configs import read_config
+from convlstm_fish.cli_checkpoint import check_resumed, resumable, tell_of_other_settings, while_restoring
+from convlstm_fish.cli_configs import class_options
 from convlstm_fish.cli_errors import OneLineErrors, told_shortly
 from convlstm_fish.cli_parser import CHECKPOINTS, TRAINER_COMMANDS, Request, normalise, option, run_of
 from convlstm_fish.cli_results import write_predictions, write_test
@@ -45,7 +45,6 @@ from convlstm_fish.tasks.checkpoint_io import (
     SafeCheckpointIO,
     check_moments,
     check_weights,
-    hyper_parameters,
     load_checkpoint,
 )
 from convlstm_fish.tensorboard_server import TensorBoardServer
@@ -200,17 +199,11 @@ class FishCLI(LightningCLI):
         config.run_dir = str(self.run_dir)
 
     def _check_resumed(self, config: Any) -> None:
-        if self.subcommand != "fit" or not resumable(self.saved):
+        if self.subcommand != "fit" or self.checkpoint is None or not resumable(self.saved):
             return
         if config.weights:
             raise UserError("--weights: starts a new run, and --ckpt_path goes on with an old one; give one of them")
-        now = config.model.init_args
-        for name, before in hyper_parameters(self.source or "", self.saved).items():
-            if name != "backend" and name in now and _plain(now[name]) != _plain(before):
-                raise UserError(
-                    f"--model.{name} {now[name]}: the checkpoint was trained with {before}, and a resumed run keeps "
-                    f"its settings; leave the option out, or start anew from the weights: --weights {self.checkpoint}"
-                )
+        check_resumed(self.checkpoint, self.saved, config.model.init_args)
 
     def _simulate_no_misspelt_path(self, config: Any) -> None:
         """A config's recording is simulated where it is absent, one that the command line names only if told there."""
@@ -222,23 +215,6 @@ class FishCLI(LightningCLI):
         if "simulate" in data and not Path(data.path).exists():
             data.simulate = None
 
-    def _tell_of_other_settings(self) -> None:
-        """Of a checkpoint's hyper-parameters that a config named beside it has otherwise, for they beat it."""
-        known = hyper_parameters(self.checkpoint, self.saved) if self.checkpoint else {}
-        for path in self.named_configs:
-            section = read_config(path).get("model") or {}
-            wanted = (section.get("init_args") or {}) if isinstance(section, dict) else {}
-            other = [
-                f"{name} {wanted[name]} (there {known[name]})"
-                for name in known
-                if name in wanted and name != "backend" and _plain(wanted[name]) != _plain(known[name])
-            ]
-            if other:
-                print(
-                    f"--config {path}: the network and its settings are those of checkpoint {self.checkpoint}; not "
-                    f"used: {', '.join(other)}"
-                )
-
     def _names_data_seed(self) -> bool:
         if option(self.arguments, "--data.seed", "--data.init_args.seed") is not None:
             return True
@@ -246,8 +222,7 @@ class FishCLI(LightningCLI):
 
     def _data_options_of_configs(self) -> list[dict[str, Any]]:
         files = [a for a, b in zip(self.arguments[1:], self.arguments) if b == "--config" and not a.startswith("{")]
-        sections = [read_config(path).get("data") for path in files]
-        return [section.get("init_args") or {} for section in sections if isinstance(section, dict)]
+        return [class_options(path, "data") for path in files]
 
     # -- building ------------------------------------------------------------------------------------------------------
 
@@ -341,7 +316,8 @@ class FishCLI(LightningCLI):
         with ExitStack() as stack:
             if self.trainer.is_global_zero:
                 stack.callback(self.folder.discard)
-                self._tell_of_other_settings()
+                if self.checkpoint is not None:
+                    tell_of_other_settings(self.checkpoint, self.saved, self.named_configs)
             if self.short["tensorboard"] and self.trainer.is_global_zero:
                 server = stack.enter_context(TensorBoardServer(self.folder.path.parent))
                 print(f"TensorBoard: {server.url}", flush=True)
@@ -358,7 +334,7 @@ class FishCLI(LightningCLI):
             except MisconfigurationException as error:
                 raise UserError(str(error)) from error
             except Exception as error:
-                if self.checkpoint is None or not _while_restoring(error):
+                if self.checkpoint is None or not while_restoring(error):
                     raise
                 anew = f"; --weights {self.checkpoint} starts anew from its weights" if subcommand == "fit" else ""
                 reason = f"{type(error).__name__}: {error}"
@@ -416,27 +392,6 @@ class FishCLI(LightningCLI):
 def _mixed(accelerator: str) -> str:
     on_gpu = accelerator != "cpu" and torch.cuda.is_available()
     return "16-mixed" if on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False) else "bf16-mixed"
-
-
-def _while_restoring(error: Exception) -> bool:
-    """Whether an error was raised while Lightning put a checkpoint's content where it belongs."""
-    if isinstance(error, UserError):
-        return False
-    names = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return "pytorch_lightning.trainer.connectors.checkpoint_connector" in names
-
-
-def _plain(value: Any) -> Any:
-    """A hyper-parameter without the difference between tuples and lists, or 8e-5 as YAML reads it, which is text."""
-    if isinstance(value, str):
-        with suppress(ValueError):
-            return float(value)
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def resumable(checkpoint: dict[str, Any]) -> bool:
-    """Whether a checkpoint holds the state of a training run, and not only weights."""
-    return bool(checkpoint.get("optimizer_states")) and "loops" in checkpoint
 
 
 def run_trainer(args: list[str]) -> None:
