@@ -13,14 +13,13 @@ from jsonargparse import ArgumentParser
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A question that ends an error about an unknown name, empty where none of those known is like it."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def told_shortly(message: object) -> str:
     """What jsonargparse says over many lines, in one: the option, what it expects, and what it got."""
-    whole = str(message)
-    whole = re.sub(r'Parser key "([^"]*)" element \d+:', r'Parser key "\1":', whole)
+    whole = re.sub(r'Parser key "([^"]*)" element \d+:', r'Parser key "\1":', str(message))
     keys = re.findall(r'Parser key "([^"]*)":', whole)
     text, given = whole, None
     if union := re.search(r"Errors:\n(.*?)\n\s*Given value type", whole, re.DOTALL):
@@ -59,13 +58,13 @@ class OneLineErrors:
         sys.stderr.write(f"error: {told} (see --help)\n")
         sys.exit(2)
 
-    def _options(self) -> dict[str, Any]:
+    def _options(self) -> list[str]:
         """Of this parser and of its subcommands, without the dashes."""
-        actions: dict[str, Any] = dict(getattr(self, "_option_string_actions", {}))
+        parsers: list[Any] = [self]
         for action in getattr(self, "_actions", ()):
-            for parser in (getattr(action, "_name_parser_map", None) or {}).values():
-                actions |= parser._option_string_actions
-        return {name.removeprefix("--"): action for name, action in actions.items() if name.startswith("--")}
+            parsers += (getattr(action, "_name_parser_map", None) or {}).values()
+        names = [name for parser in parsers for name in parser._option_string_actions]
+        return [name.removeprefix("--") for name in names if name.startswith("--")]
 
     def _as_typed(self, name: str) -> str:
         return f"--{name}" if name in self._options() else name

@@ -251,7 +251,7 @@ def _decode(path: Path, target: Path) -> None:
     with VideoReader(path) as reader, progress() as bar:
         frames = bar.track((frame for frame, _ in reader), total=total, description=f"Decoding {path.name}")
         first = next(iter(frames))
-        source = {"source": path.name, "sha256": sha256(local_path(path))}
+        source = {"source": path.name, "sha256": sha256(reader.real)}
         with RecordingWriter(target, (most, *first.shape), reader.fps, name=path.stem, metadata=source) as writer:
             writer.append(first)
             for frame in frames:
