@@ -129,13 +129,11 @@ def _raised(batches: Iterator[Batch | Exception]) -> Iterator[Batch]:
         yield batch
 
 
-_STOPS = {getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)}
+_STOPS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
 
 
 def _leave_the_group(worker: int) -> None:
     """In a loader process: a signal to the whole group must not kill what the parent needs to end in order."""
-    if not hasattr(signal, "pthread_sigmask"):
-        return  # nor has this system such signals
     os.setpgid(0, 0)
     for number in _STOPS:
         signal.signal(number, signal.SIG_IGN)  # also what has come while it was held back
@@ -149,8 +147,6 @@ class _Loader(DataLoader[Batch]):
     def __iter__(self) -> Any:
         if not self.num_workers:
             return super().__iter__()
-        if not hasattr(signal, "pthread_sigmask"):
-            return _raised(super().__iter__())
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
         try:
             return _raised(super().__iter__())
